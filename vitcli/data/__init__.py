@@ -1,0 +1,80 @@
+"""Images in: `DataConfig` says which and how they are prepared.
+
+`Preprocessing` is the one function from an image to the model's input; training's evaluation, `vit eval`,
+`vit predict` and the exported file all use it. Augmentation comes on top of it, in training only.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, PositiveInt
+
+from vitcli.data.sources import AnySource
+from vitcli.schema import Schema
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "area"]
+# One number stands for both sides, or for all three channels.
+Size = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(lambda v: (v, v) if isinstance(v, int) else v)]
+PerChannel = Annotated[
+    tuple[float, float, float], BeforeValidator(lambda v: (v,) * 3 if isinstance(v, int | float) else v)
+]
+
+
+class Preprocessing(Schema):
+    """From any image to the model's input, without randomness: resize, central crop, normalise.
+
+    `resize` is what the shorter side becomes before the crop (big_vision's resize_small); null stretches the
+    whole image to `res`. A pixel in [0, 1] becomes (pixel - mean) / std: 0.5 and 0.5 give the original's [-1, 1].
+    """
+
+    res: Size = Field((224, 224), description="the model's resolution: a side, or [height, width]")
+    resize: PositiveInt | None = Field(None, description="shorter side before the central crop; null: no crop")
+    interpolation: Interpolation = "bilinear"
+    antialias: bool = True
+    mean: PerChannel = (0.5, 0.5, 0.5)
+    std: PerChannel = (0.5, 0.5, 0.5)
+
+
+class RandAugment(Schema):
+    """`n` random operations of magnitude `m` (arXiv 1909.13719; m up to 10 is the paper's scale, 0 is not nothing)."""
+
+    n: PositiveInt = 2
+    m: float = Field(10, ge=0, le=30)
+
+
+class Augment(Schema):
+    """What training does to an image, in this order, and then to a batch (mixup, cutmix)."""
+
+    crop: Literal["inception_crop", "random_crop", "central_crop"] = Field(
+        "inception_crop", description="random area and aspect; or `resize`, pad, random place; or as in evaluation"
+    )
+    area: tuple[Share, Share] = Field((0.05, 1.0), description="inception_crop: share of the image's area")
+    aspect: tuple[float, float] = Field((3 / 4, 4 / 3), description="inception_crop: width / height")
+    resize: Size | None = Field(None, description="random_crop: stretch the image to this first; null: shorter side = res")
+    pad: int = Field(0, ge=0, description="random_crop: zero pixels added on each side before cropping")
+    interpolation: Interpolation = "bilinear"
+    antialias: bool = Field(False, description="the original's training crop has none")
+    flip: bool = Field(True, description="mirror left and right half of the time (flip_lr)")
+    randaugment: RandAugment | None = None
+    color_jitter: float = Field(0.0, ge=0, description="brightness, contrast and saturation by up to this share")
+    random_erasing: Share = Field(0.0, description="probability of erasing a rectangle (arXiv 1708.04896)")
+    mixup: float = Field(0.0, ge=0, description="alpha of Beta(alpha, alpha); 0: off (arXiv 1710.09412)")
+    cutmix: float = Field(0.0, ge=0, description="alpha of Beta(alpha, alpha); 0: off (arXiv 1905.04899)")
+    # With both on, each batch takes one of them, half of the time each.
+
+
+class DataConfig(Preprocessing):
+    """Which images, and how they are prepared: `Preprocessing` for evaluation, `augment` for training."""
+
+    source: AnySource
+    classes: PositiveInt | None = Field(None, description="expected number of classes; checked against the data")
+    augment: Augment = Augment()
+    bad_images: Share = Field(0.0, description="share of unreadable training images to replace; above it training ends")
+    workers: int | None = Field(None, ge=0, description="loader processes; null: chosen by the source and the cores")
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What evaluation, prediction and export do to an image."""
+        return Preprocessing(**{key: getattr(self, key) for key in Preprocessing.model_fields})

@@ -1,0 +1,41 @@
+"""What training minimises, one file each: `objective.name` in a recipe is the file's name.
+
+To add an objective, add a file with one subclass of `Objective` whose `name` is the file's. Importing it must not
+import torch; its methods may.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vitcli.schema import Schema, one_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from vitcli.model.vit import ViT
+    from vitcli.objectives._module import ObjectiveModule
+
+
+class Objective(Schema):
+    """A recipe's `objective`: a loss, and the trained parts that it needs besides the ViT."""
+
+    def extra(self, model: ViT) -> dict[str, nn.Module]:
+        """Trained modules besides the ViT, by name; they appear as attributes of the `ObjectiveModule`."""
+        return {}
+
+    def losses(self, module: ObjectiveModule, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Scalars of a batch, each a mean over its images; "loss" is minimised.
+
+        `batch` holds "images" (b, 3, h, w), normalised, and "targets" (b, classes), rows that sum to 1.
+        """
+        raise NotImplementedError
+
+    def build(self, model: ViT) -> ObjectiveModule:
+        """The module to train; `.model` is the ViT."""
+        from vitcli.objectives._module import ObjectiveModule
+
+        return ObjectiveModule(self, model)
+
+
+AnyObjective: Any = one_of(__name__, Objective)
