@@ -1,16 +1,32 @@
-"""Checkpoints: what a run saves, and what every command reads."""
+"""Checkpoints: what a run saves, and what every command reads.
+
+A checkpoint is a sealed folder (storage.py) that describes itself: config.json holds the architecture, the class
+names, the preprocessing and the recipe; model.safetensors the weights to use; in a run's checkpoints/,
+training.safetensors and state.json hold the rest of what training needs to go on to the same bits.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from vitcli import __version__, optim, storage, weights
+from vitcli.data import Preprocessing
+from vitcli.data.imagenet import WNIDS
+from vitcli.errors import CheckpointError
+from vitcli.model import ViTConfig
+from vitcli.recipe import Recipe
 
 if TYPE_CHECKING:
-    from vitcli.data import Preprocessing
-    from vitcli.model import ViTConfig
+    import torch
+    from torch import Tensor
+
     from vitcli.model.vit import ViT
-    from vitcli.recipe import Recipe
+    from vitcli.objectives._module import ObjectiveModule
 
 
 @dataclass(frozen=True)
@@ -30,9 +46,225 @@ class Trained:
     recipe: Recipe | None = None
 
 
+@dataclass
+class Position:
+    """Where training stands, between two updates. All else follows from the step."""
+
+    step: int = 0
+    best_score: float | None = None
+    best_step: int = 0
+    scored_step: int = 0
+    log_bytes: int = 0
+    # Sums since the last line of metrics.jsonl: "images", and each of the objective's scalars times images.
+    sums: dict[str, float] = field(default_factory=dict)
+    bad_images: int = 0
+
+
 def load(path: Path) -> Trained:
     """The model of a run folder, of one of its checkpoints, or of a foreign file.
 
-    Raises CheckpointError for a missing, damaged or unknown file.
+    Of a run, the best weights, or the newest where nothing was scored. Raises CheckpointError for a missing, damaged
+    or unknown file.
     """
-    raise NotImplementedError
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist", "--ckpt takes a run folder, a checkpoint folder or a file of weights")
+    if path.is_dir():
+        return _load_own(_usable(path))
+    if path.name == "model.safetensors" and (path.parent / storage.MANIFEST).exists():
+        return _load_own(path.parent)
+    return _load_foreign(path)
+
+
+def save_model(folder: Path, model: ViT, recipe: Recipe, classes: tuple[str, ...], step: int) -> None:
+    """Write best/ or last/: a model to use."""
+    storage.write_folder(folder, lambda place: _write_model(place, model, recipe, classes, step))
+
+
+def save_training(
+    folder: Path,
+    position: Position,
+    module: ObjectiveModule,
+    optimizer: torch.optim.Optimizer,
+    average: optim.Average | None,
+    recipe: Recipe,
+    classes: tuple[str, ...],
+    environment: dict[str, Any],
+) -> None:
+    """Write a checkpoint to resume from."""
+    from safetensors.torch import save_file
+
+    def write(place: Path) -> None:
+        _write_model(place, module.model, recipe, classes, position.step)
+        tensors = {f"optimizer/{name}": tensor for name, tensor in optim.state(optimizer, module).items()}
+        tensors |= {f"module/{name}": tensor for name, tensor in module.state_dict().items() if not name.startswith("model.")}
+        if average:
+            tensors |= {f"average/{name}": tensor for name, tensor in average.tensors.items()}
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, place / "training.safetensors")
+        (place / "state.json").write_text(json.dumps({"position": asdict(position), "environment": environment}, indent=1))
+
+    storage.write_folder(folder / f"step_{position.step:08d}", write)
+
+
+def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of a run whose every byte is as written, and why newer ones were passed over."""
+    passed = []
+    for folder in sorted(checkpoints.glob("step_*"), reverse=True):
+        try:
+            storage.verify(folder)
+        except CheckpointError as error:
+            passed.append(str(error))
+        else:
+            return folder, passed
+    return None, passed
+
+
+def environment_of(folder: Path) -> dict[str, Any]:
+    """What the numbers of the run depended on besides its recipe (Runtime.describe)."""
+    return json.loads((folder / "state.json").read_text())["environment"]
+
+
+def resume(
+    folder: Path, module: ObjectiveModule, optimizer: torch.optim.Optimizer, average: optim.Average | None
+) -> Position:
+    """Put a verified checkpoint back into training's parts, to the bit."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "training.safetensors")
+    own = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+    module.load_state_dict({f"model.{name}": tensor for name, tensor in own.items()} | part("module/"))
+    optim.load_state(optimizer, module, part("optimizer/"))
+    if average:
+        for name, tensor in part("average/").items():
+            average.tensors[name].copy_(tensor)
+    return Position(**json.loads((folder / "state.json").read_text())["position"])
+
+
+def prune(checkpoints: Path, keep_last: int, keep_every: int | None) -> None:
+    """Delete checkpoints beyond the newest `keep_last`, but for those at multiples of `keep_every` steps."""
+    for folder in sorted(checkpoints.glob("step_*"))[:-keep_last]:
+        if not keep_every or int(folder.name.removeprefix("step_")) % keep_every:
+            storage.remove_folder(folder)
+
+
+def start_from(trained: Trained, config: ViTConfig, classes: int, image_size: tuple[int, int]) -> tuple[ViT, list[str]]:
+    """A model for another task that starts from trained weights: new zero head, position table stretched.
+
+    Returns the model and a line for each thing that was not taken over as it is. Raises CheckpointError where the
+    architectures differ otherwise.
+    """
+    from vitcli.model.position import resize_state
+
+    model = config.build(classes, image_size)
+    fresh = model.state_dict()
+    old = trained.model.state_dict()
+    notes = []
+    if image_size != trained.image_size and "pos_embed" in old:
+        old = resize_state(old, config, trained.image_size, image_size)
+        grids = " -> ".join("x".join(map(str, config.grid(size))) for size in (trained.image_size, image_size))
+        notes.append(f"position table stretched {grids} ({config.posemb_resize})")
+    dropped = [name for name in old if name.startswith(("head.", "pre_logits."))]
+    if dropped:
+        notes.append(f"old head dropped ({len(trained.classes)} classes{', with pre_logits' if len(dropped) > 2 else ''})")
+    notes.append(f"new zero head for {classes} classes")
+    taken = {name: tensor for name, tensor in old.items() if name not in dropped}
+    kept = {name: tensor for name, tensor in fresh.items() if name.startswith(("head.", "pre_logits."))}
+    _check_fit(fresh, taken | kept, trained.origin)
+    model.load_state_dict(taken | kept)
+    return model, notes
+
+
+def _write_model(place: Path, model: ViT, recipe: Recipe, classes: tuple[str, ...], step: int) -> None:
+    from safetensors.torch import save_file
+
+    config = {
+        "format": "vitcli",
+        "version": __version__,
+        "step": step,
+        "classes": classes,
+        "recipe": recipe.model_dump(),
+    }
+    (place / "config.json").write_text(json.dumps(config, indent=1))
+    (place / "preprocessor_config.json").write_text(recipe.data.preprocessing.model_dump_json(indent=1))
+    save_file({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, place / "model.safetensors")
+
+
+def _usable(path: Path) -> Path:
+    """The folder to read in a run folder, or `path` itself if it is one."""
+    if (path / "config.json").exists():
+        return path
+    for folder in (path / "best", path / "last"):
+        if folder.is_dir():
+            return folder
+    folder, passed = newest(path / "checkpoints")
+    if folder is None:
+        raise CheckpointError("; ".join(passed) or f"{path} holds no checkpoint", "give a run folder or a file of weights")
+    return folder
+
+
+def _load_own(folder: Path) -> Trained:
+    from safetensors.torch import load_file
+
+    storage.verify(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        recipe = Recipe.parse(config["recipe"])
+        classes = tuple(config["classes"])
+        step = int(config["step"])
+    except (ValueError, KeyError, TypeError, OSError, ValidationError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} is not a vitcli checkpoint's: {error}".splitlines()[0]) from None
+    model = recipe.model.build(len(classes), recipe.data.res)
+    state = load_file(folder / "model.safetensors") | _averaged(folder)
+    _check_fit(model.state_dict(), state, str(folder))
+    model.load_state_dict(state)
+    return Trained(
+        model=model.eval(),
+        config=recipe.model,
+        classes=classes,
+        image_size=recipe.data.res,
+        preprocessing=recipe.data.preprocessing,
+        origin=f"{folder} (step {step})",
+        recipe=recipe,
+    )
+
+
+def _averaged(folder: Path) -> dict[str, Tensor]:
+    """The averaged weights in a checkpoint to resume from; best/ and last/ hold them already."""
+    from safetensors import safe_open
+
+    if not (folder / "training.safetensors").exists():
+        return {}
+    with safe_open(folder / "training.safetensors", framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith("average/model.")]  # noqa: SIM118 (no mapping)
+        return {name.removeprefix("average/model."): file.get_tensor(name) for name in names}
+
+
+def _load_foreign(path: Path) -> Trained:
+    foreign = weights.load(path)
+    model = foreign.config.build(foreign.head_classes, foreign.image_size)
+    _check_fit(model.state_dict(), foreign.state, str(path))
+    model.load_state_dict(foreign.state)
+    count = foreign.head_classes
+    return Trained(
+        model=model.eval(),
+        config=foreign.config,
+        classes=WNIDS if count == len(WNIDS) else tuple(str(index) for index in range(count)),
+        image_size=foreign.image_size,
+        preprocessing=Preprocessing.parse(foreign.preprocessing),
+        origin=f"{path} ({foreign.format})",
+    )
+
+
+def _check_fit(expected: dict[str, Tensor], found: dict[str, Tensor], origin: str) -> None:
+    """Names, shapes and finite values, before anything is loaded."""
+    for problem, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
+        if names:
+            raise CheckpointError(f"{origin}: {len(names)} {problem} tensors, the first {min(names)}")
+    for name, tensor in found.items():
+        if tensor.shape != expected[name].shape:
+            raise CheckpointError(f"{origin}: {name} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CheckpointError(f"{origin}: {name} holds NaN or infinity")

@@ -40,3 +40,9 @@ class LockedError(UserError):
     """Another process is using the run folder."""
 
     exit_code = 7
+
+
+class StorageError(UserError):
+    """The disk refused: full, read-only, or gone."""
+
+    exit_code = 74

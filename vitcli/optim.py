@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -44,3 +43,118 @@ class OptimConfig(Schema):
         if self.warmup_steps is not None and self.warmup_epochs is not None:
             raise wrong("warmup_epochs", "give warmup_steps or warmup_epochs, not both")
         return self
+
+    def warmup(self, steps_per_epoch: float) -> int:
+        """Steps of warm-up."""
+        return self.warmup_steps or round((self.warmup_epochs or 0) * steps_per_epoch)
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int, warmup: int) -> float:
+    """Learning rate of update `step` (0 is the first) of `steps`.
+
+    The shapes are big_vision's: warm-up starts at 0 and multiplies; cosine and linear fall from the end of warm-up to
+    `end_lr`; rsqrt is lr / sqrt(1 + (step - warmup) / timescale). Source: big_vision/utils.py,
+    create_learning_rate_schedule.
+    """
+    progress = min(max((step - warmup) / max(1, steps - warmup), 0.0), 1.0)
+    if config.schedule == "cosine":
+        lr = config.end_lr + (config.lr - config.end_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    elif config.schedule == "linear":
+        lr = config.end_lr + (config.lr - config.end_lr) * (1 - progress)
+    elif config.schedule == "rsqrt":
+        lr = config.lr / math.sqrt(1 + max(0, step - warmup) / config.timescale)
+    else:
+        lr = config.lr
+    if step < warmup:
+        lr *= step / warmup
+    if config.cooldown_steps and config.schedule in ("rsqrt", "constant"):
+        left = min(1.0, (steps - step) / config.cooldown_steps)
+        lr = config.end_lr + (lr - config.end_lr) * left
+    return lr
+
+
+def is_kernel(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies: matrices and convolutions, not biases, norms, tokens or position tables."""
+    return name.endswith("weight") and parameter.ndim > 1
+
+
+def build(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser over all parameters of `module`, kernels and the rest in groups of their own."""
+    import torch
+
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in named if is_kernel(name, p)], "decay": config.weight_decay},
+        {"params": [p for name, p in named if not is_kernel(name, p)], "decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    # Decay is applied by `update`, the same way for both, so the optimisers themselves are told of none.
+    if config.name == "adam":
+        betas = (config.beta1, config.beta2)
+        return torch.optim.Adam(groups, lr=0.0, betas=betas, eps=config.eps, fused=True)
+    return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, fused=True)
+
+
+def update(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """One update with learning rate `lr`: decay the kernels by lr x weight decay, then step on the gradients."""
+    import torch
+
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        if group["decay"] and lr:
+            with torch.no_grad():
+                torch._foreach_mul_(group["params"], 1 - lr * group["decay"])
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    """The optimiser's state as tensors, by `parameter name/state name`."""
+    found = {}
+    for name, parameter in module.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if value is not None:
+                found[f"{name}/{key}"] = value
+    return found
+
+
+def load_state(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `state`."""
+    parameters = dict(module.named_parameters())
+    for full_name, tensor in tensors.items():
+        name, key = full_name.rsplit("/", 1)
+        parameter = parameters[name]
+        device = parameter.device
+        optimizer.state[parameter][key] = tensor.to(device)
+
+
+class Average:
+    """A moving average of a module's parameters.
+
+    The decay grows to `decay` as (1 + n) / (10 + n) over the updates n, so that short runs are not held to their
+    random start.
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay = decay
+        self.live = dict(module.named_parameters())
+        self.tensors = {name: p.detach().clone() for name, p in self.live.items()}
+
+    def update(self, step: int) -> None:
+        """Take in the weights after update `step`."""
+        import torch
+
+        decay = min(self.decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.tensors.values()), list(self.live.values()), 1 - decay)
+
+    def swap(self) -> None:
+        """Exchange the average and the live weights; a second call puts them back."""
+        import torch
+
+        with torch.no_grad():
+            for name, average in self.tensors.items():
+                live = self.live[name]
+                kept = live.clone()
+                live.copy_(average)
+                average.copy_(kept)

@@ -1,16 +1,28 @@
-"""A recipe: everything that decides a training run, as one typed and frozen value."""
+"""A recipe: everything that decides a training run, as one typed and frozen value.
+
+A recipe is laid together from layers: what a checkpoint brings, the file, the command's options, and `--set`. Each is
+laid over the one before: sections are merged key by key, anything else is replaced.
+"""
 
 from __future__ import annotations
 
-from pydantic import Field, PositiveInt, model_validator
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
+from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic.json_schema import GenerateJsonSchema
+
+from vitcli import mistakes, recipe_files, schema, yaml_tree
 from vitcli.data import DataConfig
+from vitcli.errors import RecipeError
 from vitcli.model import ViTConfig
 from vitcli.objectives import AnyObjective
 from vitcli.objectives.classify import Classify
 from vitcli.optim import OptimConfig
 from vitcli.runtime import RuntimeConfig
 from vitcli.schema import Schema, wrong
+from vitcli.yaml_tree import Place, Tree
 
 
 class Recipe(Schema):
@@ -41,4 +53,186 @@ class Recipe(Schema):
             self.model.grid(self.data.res)
         except ValueError as error:
             raise wrong("data.res", str(error)) from None
+        _check_data(self.data)
+        _check_optim(self.optim, self.epochs, self.steps)
+        if (self.runtime.micro_batch or 0) > self.batch:
+            raise wrong("runtime.micro_batch", f"{self.runtime.micro_batch} is more than batch: {self.batch}")
         return self
+
+
+def _check_data(data: DataConfig) -> None:
+    """Crops that no image can give, and settings of one crop beside another."""
+    augment, default = data.augment, DataConfig.model_fields["augment"].default
+    if data.resize is not None and data.resize < max(data.res):
+        raise wrong("data.resize", f"{data.resize} is less than res: {max(data.res)}, so there is nothing to crop")
+    for key in ("area", "aspect"):
+        low, high = getattr(augment, key)
+        if not 0 < low <= high:
+            raise wrong(f"data.augment.{key}", f"expected two numbers above 0, the smaller first, got [{low}, {high}]")
+        if augment.crop != "inception_crop" and (low, high) != getattr(default, key):
+            raise wrong(f"data.augment.{key}", f"has no effect with crop: {augment.crop}")
+    for key in ("resize", "pad"):
+        if augment.crop != "random_crop" and getattr(augment, key) != getattr(default, key):
+            raise wrong(f"data.augment.{key}", f"has no effect with crop: {augment.crop}")
+    for side, res in zip(augment.resize or (), data.res, strict=False):
+        if side + 2 * augment.pad < res:
+            raise wrong("data.augment.resize", f"{side} with pad: {augment.pad} is less than res: {res}")
+
+
+def _check_optim(optim: OptimConfig, epochs: float | None, steps: int | None) -> None:
+    """Schedules that do not fit into training, and settings of one optimiser or schedule beside another."""
+    if steps and (optim.warmup_steps or 0) > steps:
+        raise wrong("optim.warmup_steps", f"warm-up of {optim.warmup_steps} steps is longer than steps: {steps}")
+    if epochs and (optim.warmup_epochs or 0) > epochs:
+        raise wrong("optim.warmup_epochs", f"warm-up of {optim.warmup_epochs} epochs is longer than epochs: {epochs}")
+    if steps and optim.cooldown_steps > steps:
+        raise wrong("optim.cooldown_steps", f"{optim.cooldown_steps} is more than steps: {steps}")
+    if optim.end_lr > optim.lr:
+        raise wrong("optim.end_lr", f"{optim.end_lr} is more than lr: {optim.lr}")
+    falling = ("cosine", "linear")
+    for key, chosen, needs in (
+        ("momentum", optim.name, ("sgd",)),
+        ("beta1", optim.name, ("adam",)),
+        ("beta2", optim.name, ("adam",)),
+        ("eps", optim.name, ("adam",)),
+        ("timescale", optim.schedule, ("rsqrt",)),
+        ("cooldown_steps", optim.schedule, ("rsqrt", "constant")),
+        ("end_lr", optim.schedule, ("rsqrt", "constant", *falling) if optim.cooldown_steps else falling),
+    ):
+        if chosen not in needs and getattr(optim, key) != OptimConfig.model_fields[key].default:
+            raise wrong(f"optim.{key}", f"has no effect with {chosen}; it is for {' and '.join(needs)}")
+
+
+# A key that a layer gives takes these keys of the same section away from the layers under it, which it contradicts.
+_REPLACES = {
+    ("model", "variant"): ("width", "depth", "mlp_dim", "heads", "patch", "stem"),
+    ("epochs",): ("steps",),
+    ("steps",): ("epochs",),
+    ("optim", "warmup_steps"): ("warmup_epochs",),
+    ("optim", "warmup_epochs"): ("warmup_steps",),
+}
+_CHOICES = {key.path[:-1] for key in schema.keys(Recipe) if key.choice}
+
+
+def load(
+    name_or_path: str | Path,
+    sets: Iterable[str] = (),
+    *,
+    under: Mapping[str, Any] | None = None,
+    origin: str = "checkpoint",
+    options: Iterable[tuple[str, str, Any]] = (),
+) -> Recipe:
+    """The recipe of a file, or of a shipped name, with everything that the command line lays under and over it.
+
+    `under` is a tree beneath the recipe, which `origin` brings: for fine-tuning, the checkpoint's `model`. `options`
+    are other flags of the command as (flag, key, value): ("--res", "data.res", 384). `sets` are `key=value`, the value
+    in YAML; they are laid on top, and the last of two for one key holds. Setting `model.variant` replaces the sizes
+    that the recipe spells out; setting `steps` replaces `epochs`, and so on.
+
+    Raises RecipeError with one line for each mistake.
+    """
+    tree = read(name_or_path)
+    if under is not None:
+        tree = _over(tree, yaml_tree.plain(dict(under), Place(origin)))
+    flags = [yaml_tree.plain(value, Place(flag), tuple(key.split("."))) for flag, key, value in options]
+    for layer in (flags, [_set(text) for text in sets]):
+        tree = _over(_together(layer), tree)
+    return check(tree)
+
+
+def check(tree: Tree) -> Recipe:
+    """The recipe that a tree spells. Raises RecipeError with one line for each mistake."""
+    found = list(tree.mistakes)
+    try:
+        recipe = Recipe.parse(tree.data)
+    except ValidationError as error:
+        known = {mistake.path for mistake in found}
+        explained = mistakes.explain(error, Recipe, tree)
+        found += [new for new in explained if not any(new.path[:n] in known for n in range(len(new.path) + 1))]
+        recipe = None
+    if recipe is None or found:
+        sizeless = any(mistake.path[:1] == ("model",) and "missing" in mistake.message for mistake in found)
+        raise RecipeError(
+            mistakes.lines(found), "a recipe for fine-tuning takes its model from --ckpt" if sizeless else ""
+        )
+    return recipe
+
+
+def read(name_or_path: str | Path) -> Tree:
+    """A recipe's YAML, before it is checked. Raises RecipeError where there is none."""
+    tree = yaml_tree.read(recipe_files.text(name_or_path), Place(recipe_files.find(name_or_path).as_posix(), 1, 1))
+    if not isinstance(tree.data, dict):
+        raise RecipeError(f"{tree.place(())}: expected keys and values, got {mistakes.shown(tree.data)}")
+    return tree
+
+
+def _set(text: str) -> Tree:
+    """One `key=value` of --set."""
+    key, equals, value = text.partition("=")
+    path = tuple(part.strip() for part in key.split("."))
+    if not equals or not all(path):
+        raise RecipeError(f"--set {mistakes.shown(text)}: expected key=value", "as in --set optim.lr=3e-4")
+    place = Place(f"--set {mistakes.shown('.'.join(path))[1:-1]}")
+    if len(value) > yaml_tree.MAX_BYTES or len(path) > yaml_tree.MAX_DEPTH:
+        raise RecipeError(f"{place}: too long")
+    return yaml_tree.moved(yaml_tree.read(value, place), path)
+
+
+def _together(layer: list[Tree]) -> Tree:
+    """The trees of one layer as one, the last of two for one key winning."""
+    whole = Tree({})
+    for tree in layer:
+        whole = _over(tree, whole, replaces={})
+    return whole
+
+
+def _over(upper: Tree, lower: Tree, replaces: Mapping[tuple[str, ...], tuple[str, ...]] = _REPLACES) -> Tree:
+    """One layer laid over another."""
+    data = _merge(upper.data, lower.data, (), replaces)
+    return Tree(data, lower.keys | upper.keys, lower.values | upper.values, lower.mistakes + upper.mistakes)
+
+
+def _merge(upper: Any, lower: Any, path: tuple[str, ...], replaces: Mapping[tuple[str, ...], tuple[str, ...]]) -> Any:
+    if path in _CHOICES:  # a section of another kind shares nothing with this one
+        upper, lower = ({"name": part} if isinstance(part, str) else part for part in (upper, lower))
+        if (
+            isinstance(upper, dict)
+            and isinstance(lower, dict)
+            and "name" in upper
+            and upper["name"] != lower.get("name")
+        ):
+            return upper
+    if not isinstance(upper, dict) or not isinstance(lower, dict):
+        return upper
+    gone = {name for key in upper if upper[key] is not None for name in replaces.get((*path, key), ())}
+    merged = {key: value for key, value in lower.items() if key not in gone}
+    for key, value in upper.items():
+        merged[key] = _merge(value, merged[key], (*path, key), replaces) if key in merged else value
+    return merged
+
+
+def dump(recipe: Recipe) -> str:
+    """YAML with every default spelt out, in the schema's order; it loads back as the same recipe."""
+    return yaml_tree.dump(recipe.model_dump(mode="json"))
+
+
+def keys() -> list[schema.Key]:
+    """Every key of a recipe, with its type, default and description."""
+    return list(schema.keys(Recipe))
+
+
+def json_schema() -> dict[str, Any]:
+    """A JSON schema of recipes, for editors."""
+    described = Recipe.model_json_schema(schema_generator=_Described)
+    described["$defs"]["ViTConfig"].pop("required")  # `variant` and `pool` imply them
+    described["required"].remove("model")  # and a checkpoint brings the whole section
+    return {"$schema": GenerateJsonSchema.schema_dialect, **described}
+
+
+class _Described(GenerateJsonSchema):
+    """Tells editors that one number may stand for a list of equal ones, as `Size` and `PerChannel` take it."""
+
+    def function_before_schema(self, schema: Any) -> dict[str, Any]:
+        described = super().function_before_schema(schema)
+        items = described.get("prefixItems")
+        return {"anyOf": [items[0], described]} if items else described

@@ -2,18 +2,159 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PositiveInt
 
+from vitcli.errors import RecipeError
 from vitcli.schema import Schema
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 
 class RuntimeConfig(Schema):
     """How to compute. Nothing here changes what is computed, beyond rounding."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where it is fast")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where it is faster")
+    attention: Literal["auto", "sdpa", "explicit"] = Field("auto", description="explicit is faster on CPUs in bf16")
     compile: bool | None = Field(None, description="torch.compile the blocks; null: on cuda")
     micro_batch: PositiveInt | None = Field(None, description="images in memory at a time; null: the whole batch")
     threads: PositiveInt | None = Field(None, description="CPU threads; null: the physical cores")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A RuntimeConfig with every choice made."""
+
+    device: torch.device
+    precision: str
+    attention: str
+    compile: bool
+    threads: int
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """Move a module to the device and set how it computes; its parameters keep their names."""
+        from vitcli.model.attention import Attention, explicit_attention
+
+        module.to(self.device)
+        for part in module.modules():
+            if isinstance(part, Attention) and self.attention == "explicit":
+                part.attend = explicit_attention
+        if self.compile:
+            for name, part in module.named_modules():
+                if name.rpartition(".")[0].endswith("blocks"):
+                    part.compile()
+        return module
+
+    def put(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch on the device."""
+        pinned = self.device.type == "cuda"
+        return {key: (value.pin_memory() if pinned else value).to(self.device, non_blocking=pinned) for key, value in batch.items()}
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Matrix products in `precision`; weights, norms and losses stay in fp32."""
+        import torch
+
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            yield
+
+    def describe(self) -> dict[str, Any]:
+        """What the numbers of a run depend on besides its recipe; a resumed run is compared with it."""
+        import torch
+
+        cuda = self.device.type == "cuda"
+        return {
+            "device": torch.cuda.get_device_name(self.device) if cuda else self.device.type,
+            "precision": self.precision,
+            "attention": self.attention,
+            "compile": self.compile,
+            "threads": self.threads,
+            "torch": torch.__version__,
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "machine": platform.machine(),
+        }
+
+
+def start(config: RuntimeConfig, earlier: dict[str, Any] | None = None) -> Runtime:
+    """Make every choice that the recipe left open; those of a run that is resumed are taken from `earlier`.
+
+    Raises RecipeError if the asked device is not there.
+    """
+    import torch
+
+    threads = config.threads or _physical_cores()
+    torch.set_num_threads(threads)
+    device = _device(config.device)
+    chosen = {
+        "precision": config.precision if config.precision != "auto" else _precision(device),
+        "attention": config.attention,
+        "compile": config.compile if config.compile is not None else device.type == "cuda",
+    }
+    if chosen["attention"] == "auto":
+        chosen["attention"] = "explicit" if device.type == "cpu" and chosen["precision"] == "bf16" else "sdpa"
+    chosen |= {key: earlier[key] for key in chosen if earlier and key in earlier}
+    return Runtime(device=device, threads=threads, **chosen)
+
+
+def seed(value: int) -> None:
+    """Seed torch's own generators, on every device: dropout, stochastic depth and first weights."""
+    import torch
+
+    torch.manual_seed(value)
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
+    if not there[name]:
+        known = ", ".join(kind for kind, found in there.items() if found)
+        raise RecipeError(f"runtime.device: {name} is not available here", f"available: {known}; `vit doctor` says more")
+    return torch.device(name)
+
+
+def _precision(device: torch.device) -> str:
+    """bf16 where the device computes it faster than fp32. On a CPU a short probe decides."""
+    import torch
+
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    if device.type != "cpu":
+        return "fp32"
+    left, right = torch.randn(1024, 256), torch.randn(256, 1024)
+    return "bf16" if _seconds(left, right) > 1.5 * _seconds(left.bfloat16(), right.bfloat16()) else "fp32"
+
+
+def _seconds(left: Tensor, right: Tensor) -> float:
+    """Best of a few products."""
+    times = []
+    for _ in range(6):
+        begin = time.perf_counter()
+        left @ right
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def _physical_cores() -> int:
+    """Cores that this process may use, hyperthreads not counted where the system tells."""
+    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    siblings = set()
+    for cpu in usable:
+        try:
+            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as file:
+                siblings.add(file.read())
+        except OSError:
+            return len(usable)
+    return len(siblings)

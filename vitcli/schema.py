@@ -5,11 +5,14 @@ and the shell can complete recipe keys.
 """
 
 import pkgutil
+from collections.abc import Iterator
 from importlib import import_module
-from types import ModuleType
-from typing import Annotated, Any, Self, Union
+from types import ModuleType, NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Self, Union, get_args, get_origin
 
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 
@@ -44,17 +47,93 @@ def folder(package: str) -> dict[str, ModuleType]:
     return {name: import_module(f"{package}.{name}") for name in names if not name.startswith("_")}
 
 
+class Choice(NamedTuple):
+    """Stands in the type of a section of which there are several kinds, told apart by their `name`."""
+
+    sections: tuple[type[Schema], ...]
+
+
 def one_of(package: str, base: type[Schema]) -> Any:
     """The type of a recipe section whose `name` chooses one file of `package`.
 
     Each file defines one subclass of `base`, whose `name` is the file's. `source: digits` is short for
     `source: {name: digits}`.
     """
-    choices = [
+    choices = tuple(
         value
         for module in folder(package).values()
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__
+    )
+    union = Annotated[Union[choices], Field(discriminator="name")] if len(choices) > 1 else choices[0]
+    spelt = BeforeValidator(
+        lambda value: {"name": value} if isinstance(value, str) else value,
+        json_schema_input_type=Union[union, Literal[tuple(folder(package))]],
+    )
+    return Annotated[union, Choice(choices), spelt]
+
+
+class Key(NamedTuple):
+    """One key of a schema. `choice` is the `name` of the kind of section that has it, where there are several."""
+
+    path: tuple[str, ...]
+    kind: str
+    default: Any
+    required: bool
+    description: str
+    choice: str
+
+    @property
+    def dotted(self) -> str:
+        """As `--set` takes it."""
+        return ".".join(self.path)
+
+
+def keys(schema: type[Schema], path: tuple[str, ...] = (), choice: str = "") -> Iterator[Key]:
+    """Every key of a schema in its order, a section before its own keys."""
+    for name, field in schema.model_fields.items():
+        at, default = (*path, name), field.get_default(call_default_factory=True, validated_data={})
+        yield Key(at, kind(field), default, field.is_required(), field.description or "", choice)
+        for section in sections(field):
+            kinds = any(isinstance(mark, Choice) for mark in field.metadata)
+            yield from keys(section, at, section.model_fields["name"].default if kinds else choice)
+
+
+def sections(field: FieldInfo) -> tuple[type[Schema], ...]:
+    """The schemas that a field's value may be of; none for a plain value."""
+    found = [field.annotation, *get_args(field.annotation)]
+    return tuple(part for part in found if isinstance(part, type) and issubclass(part, Schema))
+
+
+def kind(field: FieldInfo) -> str:
+    """What may stand in a field, in words: `a number > 0 or null`."""
+    if any(isinstance(mark, Choice) for mark in field.metadata):
+        return "a name, or a section with one"
+    return _kind(field.annotation, field.metadata)
+
+
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
+_BOUNDS = {Gt: ("gt", ">"), Ge: ("ge", ">="), Lt: ("lt", "<"), Le: ("le", "<=")}
+
+
+def _kind(annotation: Any, marks: Any) -> str:
+    parts = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return _kind(parts[0], parts[1:])
+    bounds = [
+        f"{_BOUNDS[type(mark)][1]} {getattr(mark, _BOUNDS[type(mark)][0])}" for mark in marks if type(mark) in _BOUNDS
     ]
-    union = Annotated[Union[tuple(choices)], Field(discriminator="name")] if len(choices) > 1 else choices[0]
-    return Annotated[union, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)]
+    if get_origin(annotation) in (Union, UnionType):
+        first, *others = [_kind(part, ()) for part in parts]
+        return " or ".join([_bounded(first, bounds), *others])
+    if get_origin(annotation) is Literal:
+        return " or ".join(map(str, parts))
+    if get_origin(annotation) is tuple:
+        items = ["..." if part is Ellipsis else _kind(part, ()) for part in parts]
+        one = f"{items[0]} or " if any(isinstance(mark, BeforeValidator) for mark in marks) else ""
+        return f"{one}[{', '.join(items)}]"
+    return _bounded(_WORDS.get(annotation, "a section"), bounds)
+
+
+def _bounded(words: str, bounds: list[str]) -> str:
+    return " ".join([words, " and ".join(bounds)]) if bounds else words

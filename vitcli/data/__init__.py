@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from vitcli.data.sources import AnySource
-from vitcli.schema import Schema
+from vitcli.schema import Schema, wrong
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "area"]
@@ -36,6 +36,14 @@ class Preprocessing(Schema):
     mean: PerChannel = (0.5, 0.5, 0.5)
     std: PerChannel = (0.5, 0.5, 0.5)
 
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Preprocessing:
+        if self.resize is not None and self.resize < max(self.res):
+            raise wrong("resize", f"{self.resize} leaves too little for the central crop: at least {max(self.res)}")
+        if min(self.std) <= 0:
+            raise wrong("std", "must be greater than 0")
+        return self
+
 
 class RandAugment(Schema):
     """`n` random operations of magnitude `m` (arXiv 1909.13719; m up to 10 is the paper's scale, 0 is not nothing)."""
@@ -51,7 +59,7 @@ class Augment(Schema):
         "inception_crop", description="random area and aspect; or `resize`, pad, random place; or as in evaluation"
     )
     area: tuple[Share, Share] = Field((0.05, 1.0), description="inception_crop: share of the image's area")
-    aspect: tuple[float, float] = Field((3 / 4, 4 / 3), description="inception_crop: width / height")
+    aspect: tuple[PositiveFloat, PositiveFloat] = Field((3 / 4, 4 / 3), description="inception_crop: width / height")
     resize: Size | None = Field(None, description="random_crop: stretch the image to this first; null: shorter side = res")
     pad: int = Field(0, ge=0, description="random_crop: zero pixels added on each side before cropping")
     interpolation: Interpolation = "bilinear"
@@ -64,6 +72,18 @@ class Augment(Schema):
     cutmix: float = Field(0.0, ge=0, description="alpha of Beta(alpha, alpha); 0: off (arXiv 1905.04899)")
     # With both on, each batch takes one of them, half of the time each.
 
+    @model_validator(mode="after")
+    def _check(self) -> Augment:
+        for key in ("area", "aspect"):
+            low, high = getattr(self, key)
+            if low > high or high == 0:
+                raise wrong(key, f"[{low:g}, {high:g}] is no range: the smaller number first")
+        owners = {"area": "inception_crop", "aspect": "inception_crop", "resize": "random_crop", "pad": "random_crop"}
+        for key, crop in owners.items():
+            if crop != self.crop and getattr(self, key) != type(self).model_fields[key].default:
+                raise wrong(key, f"is used by crop: {crop} only, not by {self.crop}")
+        return self
+
 
 class DataConfig(Preprocessing):
     """Which images, and how they are prepared: `Preprocessing` for evaluation, `augment` for training."""
@@ -73,6 +93,13 @@ class DataConfig(Preprocessing):
     augment: Augment = Augment()
     bad_images: Share = Field(0.0, description="share of unreadable training images to replace; above it training ends")
     workers: int | None = Field(None, ge=0, description="loader processes; null: chosen by the source and the cores")
+
+    @model_validator(mode="after")
+    def _check_augment(self) -> DataConfig:
+        crop = self.augment
+        if crop.resize and any(side + 2 * crop.pad < res for side, res in zip(crop.resize, self.res, strict=True)):
+            raise wrong("augment.resize", "is smaller than res: nothing is left to crop")
+        return self
 
     @property
     def preprocessing(self) -> Preprocessing:

@@ -74,8 +74,8 @@ class ViTConfig(Schema):
 
     dropout: float = Rate
     attention_dropout: float = Rate
-    drop_path: float = Field(0.0, ge=0.0, lt=1.0, description="stochastic depth: rate of the last block, from 0 linearly")
-    layerscale: float | None = Field(None, gt=0, description="initial value of LayerScale; null: none (arXiv 2103.17239)")
+    drop_path: float = Field(0.0, ge=0.0, lt=1.0, description="stochastic depth: rate of the last block, linear from 0")
+    layerscale: float | None = Field(None, gt=0, description="initial LayerScale; null: none (arXiv 2103.17239)")
     qk_norm: bool = Field(False, description="LayerNorm on queries and keys (arXiv 2302.05442)")
     gelu: Literal["tanh", "exact"] = Field("tanh", description="tanh is flax's default and so the original's")
     norm_eps: float = Field(1e-6, gt=0)
@@ -137,10 +137,10 @@ def _decode(variant: str) -> dict[str, Any]:
     """Numbers of a named size: `B/16`, `R50+B/16`."""
     match = re.fullmatch(r"(?:R\d*\+)?(\w+?)/(\d+)", variant)
     if not match or match[1] not in SIZES or ("+" in variant and variant not in HYBRIDS):
-        raise wrong("variant", f"{variant!r} is not known: SIZE/PATCH with a size of {', '.join(SIZES)}, or {', '.join(HYBRIDS)}")
-    width, depth, mlp_dim, heads = SIZES[match[1]]
-    numbers: dict[str, Any] = {"width": width, "depth": depth, "mlp_dim": mlp_dim, "heads": heads, "patch": int(match[2])}
-    if variant in HYBRIDS:
-        layers, patch = HYBRIDS[variant]
-        numbers |= {"patch": patch, "stem": {"layers": list(layers)}}
-    return numbers
+        known = f"SIZE/PATCH with a size of {', '.join(SIZES)}, or {', '.join(HYBRIDS)}"
+        raise wrong("variant", f"{variant!r} is not known: {known}")
+    numbers: dict[str, Any] = dict(zip(("width", "depth", "mlp_dim", "heads"), SIZES[match[1]], strict=True))
+    if variant not in HYBRIDS:
+        return {**numbers, "patch": int(match[2])}
+    layers, patch = HYBRIDS[variant]
+    return {**numbers, "patch": patch, "stem": {"layers": layers}}

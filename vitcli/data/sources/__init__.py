@@ -1,7 +1,7 @@
 """Where images come from, one file each: `source.name` in a recipe is the file's name.
 
 To add a source, add a file with one subclass of `Source` whose `name` is the file's. Importing it must not import
-torch; `open` may.
+torch; `open` may. Loader processes get a copy of the data set by pickle: keep it small.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ Split = Literal["train", "val"]
 class Dataset(ABC):
     """Labelled images in a fixed order.
 
-    `classes` are names, in the order of the labels; `labels` is int64 of shape (n,).
+    `classes` are names, in the order of the labels; `labels` is int64 of shape (n,). `identity` tells the images
+    apart from those of another set, wherever they lie: their relative paths, or the name of the set.
     """
 
     classes: tuple[str, ...]
     labels: np.ndarray
+    identity: bytes
     in_memory: bool = False  # True: an image costs so little that loader processes do not pay
 
     def __len__(self) -> int:

@@ -1,0 +1,75 @@
+"""The one way from an image to the model's input, in training's evaluation, scoring, prediction and export checks."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from vitcli.data import Interpolation, Preprocessing
+
+_PIL = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+def prepare(image: Image.Image, p: Preprocessing) -> Tensor:
+    """An RGB image as uint8 (3, height, width) of the model's resolution, by resize and central crop.
+
+    Equal to torchvision's Resize(p.resize) and CenterCrop(p.res), rounding included.
+    """
+    if p.resize is None:
+        return pixels(resize(image, p.res, p.interpolation, p.antialias))
+    image = resize(image, shorter_side(image, p.resize), p.interpolation, p.antialias)
+    (height, width), (columns, rows) = p.res, image.size
+    top, left = round((rows - height) / 2), round((columns - width) / 2)
+    return pixels(image.crop((left, top, left + width, top + height)))
+
+
+def normalise(images: Tensor, p: Preprocessing) -> Tensor:
+    """uint8 (b, 3, h, w) as float32, on the device where it is: (pixel / 255 - mean) / std."""
+    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (p.mean, p.std))
+    return images.float().div(255).sub(mean).div(std)
+
+
+def resize(image: Image.Image, size: tuple[int, int], interpolation: Interpolation, antialias: bool) -> Image.Image:
+    """An RGB image stretched to (height, width); in training and evaluation alike.
+
+    Bilinear and bicubic with antialias are PIL's, as in the recipes of timm and torchvision; without, torch's, which
+    for bilinear is also TensorFlow's and for bicubic has a = -0.75. Area is TensorFlow's exact mean of the covered
+    pixels. All round to the nearest level, where TensorFlow's `cast` rounds down.
+    """
+    height, width = size
+    if image.size == (width, height):
+        return image
+    if interpolation == "nearest":
+        return image.resize((width, height), Image.Resampling.NEAREST)
+    if interpolation == "area":
+        covered = _cover(_cover(np.asarray(image, dtype=np.float64), height, axis=0), width, axis=1)
+        return Image.fromarray((covered + 0.5).astype(np.uint8))
+    if antialias:
+        return image.resize((width, height), _PIL[interpolation])
+    stretched = F.interpolate(pixels(image)[None], size, mode=interpolation, align_corners=False)
+    return Image.fromarray(stretched[0].permute(1, 2, 0).numpy())
+
+
+def shorter_side(image: Image.Image, side: int) -> tuple[int, int]:
+    """(height, width) that keeps the aspect and has this shorter side; the longer is rounded down, as torchvision."""
+    width, height = image.size
+    return (side, side * width // height) if height <= width else (side * height // width, side)
+
+
+def pixels(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 (3, height, width)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _cover(x: np.ndarray, size: int, axis: int) -> np.ndarray:
+    """Mean of x over `size` equal intervals of an axis; a pixel cut by an edge counts by its share."""
+    length = x.shape[axis]
+    edges = np.arange(size + 1) * (length / size)
+    whole = np.minimum(edges.astype(int), length - 1)
+    share = (edges - whole)[:, None, None] if axis == 0 else (edges - whole)[:, None]
+    before = np.insert(np.cumsum(x, axis), 0, 0, axis)
+    at_edge = np.take(before, whole, axis) + share * np.take(x, whole, axis)
+    return np.diff(at_edge, axis=axis) * (size / length)

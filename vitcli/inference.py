@@ -1,0 +1,266 @@
+"""Score a data set, name an image. A checkpoint and an .onnx answer alike."""
+
+from __future__ import annotations
+
+import glob
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vitcli import checkpoint, runtime
+from vitcli.data import Preprocessing, imagenet
+from vitcli.data.images import EXTENSIONS, BadImage, decode
+from vitcli.data.loader import eval_batches
+from vitcli.data.preprocess import normalise, prepare
+from vitcli.data.sources import Dataset
+from vitcli.errors import CheckpointError, DataError, NumericsError, UserError
+from vitcli.model.vit import ViT
+from vitcli.onnx_model import OnnxPredictor, Provider
+from vitcli.runtime import Runtime, RuntimeConfig
+
+
+class Predictor(Protocol):
+    """What can answer for images. `classes` are names in the order of the logits."""
+
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    origin: str
+
+    def logits(self, images: Tensor) -> Tensor:
+        """uint8 images (b, 3, h, w) -> float32 logits (b, classes) on the CPU."""
+        ...
+
+
+class TorchPredictor:
+    """A model on the device of `runtime`, where it already is. One in training is left in training mode."""
+
+    def __init__(
+        self, model: ViT, classes: tuple[str, ...], preprocessing: Preprocessing, runtime: Runtime, origin: str
+    ):
+        self.model, self.classes, self.preprocessing = model, classes, preprocessing
+        self.runtime, self.origin = runtime, origin
+
+    def logits(self, images: Tensor) -> Tensor:
+        """uint8 images (b, 3, h, w) -> float32 logits (b, classes) on the CPU.
+
+        A model without pooling answers for each token; the answer for the image is their mean.
+        """
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.runtime.autocast():
+                images = self.runtime.put({"images": images})["images"]
+                logits = self.model(normalise(images, self.preprocessing)).float()
+        finally:
+            self.model.train(training)
+        return (logits.mean(1) if logits.ndim == 3 else logits).cpu()
+
+
+def open_predictor(
+    path: Path, *, device: Literal["auto", "cpu", "cuda", "mps"] = "auto", provider: Provider = "auto"
+) -> Predictor:
+    """A run folder, a checkpoint or an .onnx, ready to answer in fp32.
+
+    `device` is for checkpoints, `provider` for .onnx files. Raises CheckpointError for a file that cannot be used,
+    UserError for a device that is not there.
+    """
+    if path.suffix.lower() == ".onnx":
+        if device != "auto":
+            raise UserError(f"--device {device} does not apply to an .onnx file", "use --provider cuda or cpu")
+        return OnnxPredictor(path, provider)
+    if provider != "auto":
+        raise UserError(f"--provider {provider} applies to .onnx files only", "use --device")
+    trained = checkpoint.load(path)
+    if not trained.classes:
+        raise CheckpointError(f"{trained.origin} has no head, so it names nothing", "train one: vit finetune --ckpt")
+    return torch_predictor(trained, device)
+
+
+def torch_predictor(trained: checkpoint.Trained, device: Literal["auto", "cpu", "cuda", "mps"]) -> TorchPredictor:
+    """A trained model, moved to the device, as a predictor in fp32."""
+    started = runtime.start(RuntimeConfig(device=device, precision="fp32", compile=False))
+    started.prepare(trained.model)
+    return TorchPredictor(trained.model, trained.classes, trained.preprocessing, started, trained.origin)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How well a data set is classified.
+
+    `loss` is the mean cross-entropy; `top1` and `top5` are shares over all the model's classes; `top1_seen` is the
+    share when only the `seen` classes that have images may answer, as is usual for ImageNet-A and -R, or None if
+    they are all. `bad` names the images that could not be read; they are in no other number. `seconds` is all the
+    time, `waiting` the part spent waiting for data.
+    """
+
+    images: int
+    loss: float
+    top1: float
+    top5: float
+    top1_seen: float | None
+    seen: int
+    classes: int
+    bad: tuple[str, ...]
+    seconds: float
+    waiting: float
+
+    @property
+    def images_per_second(self) -> float:
+        """Images scored in a second of all the time."""
+        return self.images / self.seconds
+
+
+def score(
+    predictor: Predictor,
+    dataset: Dataset,
+    *,
+    batch: int,
+    workers: int = 0,
+    allow_bad: bool = False,
+    on_batch: Callable[[int], None] | None = None,
+) -> Scores:
+    """Score every image once; classes meet by name. The counts do not depend on `batch`.
+
+    `on_batch` is told how many images are done. Raises DataError for a class that the model does not know, and for
+    an unreadable image unless `allow_bad`; NumericsError where the model does not answer with numbers.
+    """
+    columns = torch.tensor(imagenet.match(dataset.classes, predictor.classes))
+    seen = columns[torch.from_numpy(dataset.labels).unique()].unique()
+    images = top1 = top5 = top1_seen = 0
+    loss, waiting, bad = 0.0, 0.0, []
+    begin = asked = time.monotonic()
+    for part in eval_batches(predictor.preprocessing, dataset, batch=batch, workers=workers):
+        waiting += time.monotonic() - asked
+        bad += part.get("bad", ())
+        if bad and not allow_bad:
+            raise DataError(str(bad[0]), "mend or remove it, or leave such images out of the score with --allow-bad")
+        labels = columns[part["labels"]]
+        logits = _finite(predictor, part["images"])
+        loss += F.cross_entropy(logits.double(), labels, reduction="sum").item()
+        place = rank(logits, labels)
+        top1 += int((place < 1).sum())
+        top5 += int((place < 5).sum())
+        top1_seen += int((rank(logits[:, seen], torch.searchsorted(seen, labels)) < 1).sum())
+        images += len(labels)
+        if on_batch:
+            on_batch(images + len(bad))
+        asked = time.monotonic()
+    if not images:
+        raise DataError("no image to score", f"{len(bad)} could not be read" if bad else "")
+    return Scores(
+        images=images,
+        loss=loss / images,
+        top1=top1 / images,
+        top5=top5 / images,
+        top1_seen=top1_seen / images if len(seen) < len(predictor.classes) else None,
+        seen=len(seen),
+        classes=len(predictor.classes),
+        bad=tuple(map(str, bad)),
+        seconds=time.monotonic() - begin,
+        waiting=waiting,
+    )
+
+
+def rank(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many classes come before the label's, (b, classes) and (b,) -> (b,). Of equals the lower index comes first."""
+    own = logits.gather(1, labels[:, None])
+    lower = torch.arange(logits.shape[1]) < labels[:, None]
+    return ((logits > own) | ((logits == own) & lower)).sum(1)
+
+
+def _finite(predictor: Predictor, images: Tensor) -> Tensor:
+    logits = predictor.logits(images)
+    if not logits.isfinite().all():
+        raise NumericsError(f"{predictor.origin} answers with NaN or infinity")
+    return logits
+
+
+class Guess(NamedTuple):
+    """A class: its id in the model, its name in words, its probability."""
+
+    id: str
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is in an image: the likeliest classes, best first, or why it could not be read."""
+
+    path: str
+    top: tuple[Guess, ...] = ()
+    error: str | None = None
+
+
+def find_images(args: Sequence[str]) -> list[str]:
+    """The images that files, folders, patterns and `-` (a list on stdin, one path a line) stand for, in that order.
+
+    A folder gives the images in and below it, sorted. A file that is missing is kept: its answer will be an error.
+    """
+    paths: list[str] = []
+    for arg in args:
+        if arg == "-":
+            paths += [line for line in map(os.fsdecode, sys.stdin.buffer.read().splitlines()) if line]
+        elif os.path.isdir(arg):
+            paths += _images_below(arg)
+        elif glob.has_magic(arg) and not os.path.lexists(arg):
+            paths += sorted(glob.glob(arg, recursive=True)) or [arg]
+        else:
+            paths.append(arg)
+    if not paths:
+        raise DataError("no images given", "name image files, folders or patterns, or - for a list on stdin")
+    return paths
+
+
+def _images_below(folder: str) -> list[str]:
+    found = [
+        os.path.join(place, name)
+        for place, _, names in os.walk(folder)
+        for name in names
+        if os.path.splitext(name)[1].lower() in EXTENSIONS
+    ]
+    if not found:
+        raise DataError(f"no images in {folder}", f"looked for {', '.join(sorted(EXTENSIONS))}")
+    return sorted(found)
+
+
+def predict(predictor: Predictor, paths: Sequence[str], *, top: int = 5, batch: int = 32) -> Iterator[Answer]:
+    """An answer for each path, in their order. The next images are read while the model works."""
+
+    def load(path: str) -> Tensor | BadImage:
+        try:
+            return prepare(decode(Path(path)), predictor.preprocessing)
+        except BadImage as error:
+            return error
+
+    chunks = [paths[first : first + batch] for first in range(0, len(paths), batch)]
+    with ThreadPoolExecutor() as pool:
+        ahead = pool.map(load, chunks[0])
+        for chunk, following in zip(chunks, [*chunks[1:], []], strict=True):
+            loaded, ahead = list(ahead), pool.map(load, following)
+            images = [image for image in loaded if isinstance(image, Tensor)]
+            guesses = iter(_guesses(predictor, torch.stack(images), top) if images else [])
+            for path, image in zip(chunk, loaded, strict=True):
+                if isinstance(image, BadImage):
+                    yield Answer(path, error=image.reason)
+                else:
+                    yield Answer(path, next(guesses))
+
+
+def _guesses(predictor: Predictor, images: Tensor, top: int) -> list[tuple[Guess, ...]]:
+    shares = _finite(predictor, images).double().softmax(dim=1)
+    values, indices = shares.sort(dim=1, descending=True, stable=True)
+    ids = predictor.classes
+    return [
+        tuple(Guess(ids[i], imagenet.name(ids[i]), p) for i, p in zip(row[:top], shares[:top], strict=True))
+        for row, shares in zip(indices.tolist(), values.tolist(), strict=True)
+    ]

@@ -1,0 +1,63 @@
+"""Position tables: where a patch stands in the image, and how a table follows the image to another resolution."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from vitcli.model import ViTConfig
+
+Grid = tuple[int, int]
+
+
+def sincos2d(grid: Grid, width: int) -> Float[Tensor, "n d"]:
+    """Fixed table of big_vision, after MoCo v3: [sin x, cos x, sin y, cos y], frequencies 1 to 1/10000."""
+    down, across = _positions(grid)
+    return _waves(across, down, torch.linspace(0, 1, width // 4, dtype=torch.float64))
+
+
+def sincos2d_mae(grid: Grid, width: int) -> Float[Tensor, "n d"]:
+    """Fixed table of MAE: the same order, but the lowest frequency stays above 1/10000."""
+    down, across = _positions(grid)
+    return _waves(across, down, torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+
+
+def _positions(grid: Grid) -> tuple[Tensor, Tensor]:
+    """Row and column of each patch, row by row."""
+    rows, columns = (torch.arange(side, dtype=torch.float64) for side in grid)
+    return rows.repeat_interleave(grid[1]), columns.repeat(grid[0])
+
+
+def _waves(x: Tensor, y: Tensor, exponents: Tensor) -> Tensor:
+    frequencies = 10_000.0**-exponents
+    x, y = x[:, None] * frequencies, y[:, None] * frequencies
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()
+
+
+def resize(
+    table: Float[Tensor, "n d"], old: Grid, new: Grid, mode: Literal["bilinear", "bicubic"]
+) -> Float[Tensor, "m d"]:
+    """Stretch a table of patch rows from one grid (down, across) to another.
+
+    `bilinear` keeps the corners in place, as `scipy.ndimage.zoom(order=1)` in the original; `bicubic` is that of
+    DeiT and MAE (half-pixel centres, no antialiasing).
+    """
+    if old == new:
+        return table
+    image = table.double().unflatten(0, old).movedim(-1, 0)
+    image = F.interpolate(image[None], new, mode=mode, align_corners=mode == "bilinear")[0]
+    return image.movedim(0, -1).flatten(0, 1).to(table.dtype)
+
+
+def resize_state(
+    state: dict[str, Tensor], config: ViTConfig, old: tuple[int, int], new: tuple[int, int]
+) -> dict[str, Tensor]:
+    """A ViT's state for images (height, width) `new` from its state for `old`; the class token's row stays."""
+    if "pos_embed" not in state:
+        return state
+    table = state["pos_embed"][0]
+    prefix = int(config.posemb_class)
+    patches = resize(table[prefix:], config.grid(old), config.grid(new), config.posemb_resize)
+    return {**state, "pos_embed": torch.cat([table[:prefix], patches])[None]}

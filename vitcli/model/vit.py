@@ -1,0 +1,153 @@
+"""The Vision Transformer of *An Image is Worth 16x16 Words* (arXiv 2010.11929), after vit_jax/models_vit.py.
+
+Parameter names are timm's.
+"""
+
+from collections import OrderedDict
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vitcli.model import ViTConfig
+from vitcli.model.attention import Attention, AttentionPool
+from vitcli.model.feedforward import FeedForward
+from vitcli.model.position import sincos2d, sincos2d_mae
+from vitcli.model.stem import PatchEmbed, ResNet, lecun_normal
+
+
+class ViT(nn.Module):
+    """Images (b, 3, h, w) to logits (b, classes), or (b, tokens, classes) with `pool: none`.
+
+    `classes` 0 leaves the head out: features (b, width) come out.
+    """
+
+    def __init__(self, config: ViTConfig, classes: int, image_size: tuple[int, int]):
+        super().__init__()
+        self.config, self.classes, self.image_size = config, classes, image_size
+        c, d = config, config.width
+
+        backbone = ResNet(c.stem.layers, c.stem.width) if c.stem else None
+        self.patch_embed = PatchEmbed(backbone.channels if backbone else 3, c.patch, d, backbone)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, d)) if c.class_token else None
+        self.reg_token = nn.Parameter(1e-6 * torch.randn(1, c.registers, d)) if c.registers else None
+        self._add_positions(c.grid(image_size))
+        self.dropout = nn.Dropout(c.dropout if c.depth else 0.0)
+
+        rates = [c.drop_path * i / max(1, c.depth - 1) for i in range(c.depth)]
+        self.blocks = nn.ModuleList(Block(c, rate) for rate in rates)
+        self.norm = nn.LayerNorm(d, c.norm_eps) if c.depth else nn.Identity()
+
+        if c.pool == "map":
+            self.attn_pool = AttentionPool(d, c.heads, c.norm_eps, FeedForward(d, c.mlp_dim, c.gelu, dropout=0.0))
+        features = c.representation_size
+        self.pre_logits = _pre_logits(d, features) if features else nn.Identity()
+        self.head = _head(features or d, classes, c.head_bias) if classes else nn.Identity()
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b *n k"]:
+        tokens = self.encode(self.embed(images))
+        features = self.pre_logits(self.pool(tokens))
+        return self.head(features)
+
+    def embed(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
+        """Class token, registers and patches. Registers have no position; the class token may have one."""
+        x, cls, table = self.patch_embed(images), self.cls_token, self.pos_embed
+        if table is not None:
+            rows = int(self.config.posemb_class)
+            x = x + table[:, rows:]
+            if cls is not None and rows:
+                cls = cls + table[:, :rows]
+        for token in (self.reg_token, cls):
+            if token is not None:
+                x = torch.cat([token.expand(len(x), -1, -1), x], dim=1)
+        return self.dropout(x)
+
+    def encode(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """The blocks and the last norm."""
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def pool(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b *m d"]:
+        """What the head reads. Registers are never read; the mean and MAP read patches only."""
+        cls = int(self.config.class_token)
+        prefix = cls + self.config.registers
+        match self.config.pool:
+            case "token":
+                return x[:, 0]
+            case "gap":
+                return x[:, prefix:].mean(dim=1)
+            case "map":
+                return self.attn_pool(x[:, prefix:])
+            case "none":
+                return torch.cat([x[:, :cls], x[:, prefix:]], dim=1) if self.config.registers else x
+
+    def _add_positions(self, grid: tuple[int, int]) -> None:
+        """The table `pos_embed` (1, rows, width): trained, or fixed and then not part of the state."""
+        width, rows, prefix = self.config.width, grid[0] * grid[1], int(self.config.posemb_class)
+        if self.config.posemb == "none" or self.config.depth == 0:
+            self.pos_embed = None
+        elif self.config.posemb == "learned":
+            std = self.config.posemb_std or width**-0.5
+            self.pos_embed = nn.Parameter(std * torch.randn(1, prefix + rows, width))
+        else:
+            table = sincos2d if self.config.posemb == "sincos2d" else sincos2d_mae
+            fixed = torch.cat([torch.zeros(prefix, width), table(grid, width)])
+            self.register_buffer("pos_embed", fixed[None], persistent=False)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)); LayerScale and stochastic depth on both branches."""
+
+    def __init__(self, config: ViTConfig, drop_path: float):
+        super().__init__()
+        c, d = config, config.width
+        self.norm1 = nn.LayerNorm(d, c.norm_eps)
+        self.attn = Attention(d, c.heads, c.qk_norm, c.norm_eps, c.attention_dropout, c.dropout)
+        self.ls1 = LayerScale(d, c.layerscale) if c.layerscale else nn.Identity()
+        self.norm2 = nn.LayerNorm(d, c.norm_eps)
+        self.mlp = FeedForward(d, c.mlp_dim, c.gelu, c.dropout)
+        self.ls2 = LayerScale(d, c.layerscale) if c.layerscale else nn.Identity()
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel (arXiv 2103.17239)."""
+
+    def __init__(self, width: int, initial: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), initial))
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        return x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops a sample's whole branch at `rate`, and scales the others up to make up for it."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        if not self.training or self.rate == 0:
+            return x
+        keep = 1 - self.rate
+        return x * (x.new_empty(len(x), 1, 1).bernoulli_(keep) / keep)
+
+
+def _pre_logits(width: int, features: int) -> nn.Sequential:
+    layer = nn.Linear(width, features)
+    lecun_normal(layer)
+    return nn.Sequential(OrderedDict(fc=layer, act=nn.Tanh()))
+
+
+def _head(features: int, classes: int, bias: float) -> nn.Linear:
+    layer = nn.Linear(features, classes)
+    nn.init.zeros_(layer.weight)
+    nn.init.constant_(layer.bias, bias)
+    return layer

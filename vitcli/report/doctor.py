@@ -1,0 +1,144 @@
+"""What this machine offers: `vit doctor`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from vitcli import __version__, onnx_providers
+
+PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "pillow", "safetensors")
+BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # AVX512-BF16, AMX, and Arm's
+
+
+class Finding(NamedTuple):
+    """One line. `ok` is False where something that could work here does not; `value` then says what to do."""
+
+    section: str
+    item: str
+    value: str
+    ok: bool = True
+
+
+def inspect() -> list[Finding]:
+    """Look at everything. It needs some seconds, since torch is imported and each ONNX provider tried."""
+    return [*_system(), *_packages(), *_torch(), *_providers()]
+
+
+def _system() -> Iterator[Finding]:
+    yield Finding("system", "vitcli", __version__)
+    yield Finding("system", "Python", platform.python_version())
+    yield Finding("system", "OS", platform.platform())
+    cpu = _cpuinfo()
+    model = cpu.get("model name") or platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Finding("system", "CPU", f"{model}, {cores} usable cores")
+    flags = (cpu.get("flags") or cpu.get("Features") or "").split()
+    fast = [flag for flag in BF16_FLAGS if flag in flags]
+    yield Finding("system", "CPU bf16", ", ".join(fast) if fast else "no instructions for it: slow")
+    yield Finding("system", "memory", _memory())
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor of /proc/cpuinfo; {} where there is none."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return {}
+    return dict(re.findall(r"^(.+?)\s*: (.*)$", text.split("\n\n")[0], re.MULTILINE))
+
+
+def _memory() -> str:
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
+        return "unknown"
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = re.search(r"^MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
+    return _gib(total) + (f", {_gib(int(free[1]) * 1024)} available" if free else "")
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text() if Path(path).exists() else ""
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def _packages() -> Iterator[Finding]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = ""
+    either = [name for name in ("onnxruntime-gpu", "onnxruntime") if found[name]] or ["onnxruntime"]
+    for name in PACKAGES:
+        if found[name]:
+            yield Finding("packages", name, found[name])
+        elif not name.startswith("onnxruntime") or name in either:
+            yield Finding("packages", name, f"missing: pip install {name}", ok=False)
+    if len(either) == 2:
+        yield Finding("packages", "onnxruntime", "both builds are installed and overwrite one another: pip uninstall onnxruntime", ok=False)
+
+
+def _torch() -> Iterator[Finding]:
+    if not find_spec("torch"):
+        yield Finding("torch", "devices", "torch is missing, so nothing can be computed", ok=False)
+        return
+    import torch
+
+    yield Finding("torch", "CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    driver = _driver()
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(index)
+            bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
+            name = torch.cuda.get_device_name(index)
+            yield Finding("torch", f"cuda:{index}", f"{name}, {_gib(free)} of {_gib(total)} free, {bf16}")
+        yield Finding("torch", "CUDA", f"{torch.version.cuda}, driver {driver or 'unknown'}")
+    elif driver:
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        yield Finding("torch", "CUDA", f"driver {driver} is there, but this torch ({built}) sees no device", ok=False)
+    else:
+        yield Finding("torch", "CUDA", "no NVIDIA driver here")
+    yield Finding("torch", "MPS", "available" if torch.backends.mps.is_available() else "not here")
+
+
+def _driver() -> str:
+    """NVIDIA's driver version, as nvidia-smi says it; "" without one."""
+    command = shutil.which("nvidia-smi")
+    if not command:
+        return ""
+    query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        child = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return child.stdout.split("\n")[0].strip() if child.returncode == 0 else ""
+
+
+def _providers() -> Iterator[Finding]:
+    if not find_spec("onnxruntime"):
+        yield Finding("onnxruntime", "providers", "onnxruntime is missing, so no .onnx can be run", ok=False)
+        return
+    providers = onnx_providers.runtime().get_available_providers()
+    with ThreadPoolExecutor() as pool:
+        answers = list(pool.map(onnx_providers.why_not, providers))
+    for provider, answer in zip(providers, answers, strict=True):
+        item = provider.removesuffix("ExecutionProvider")
+        if answer is None:
+            yield Finding("onnxruntime", item, "loads")
+        else:
+            reason, remedy = answer
+            # Nothing of vitcli asks for TensorRT or a provider of other hardware.
+            needed = provider == "CPUExecutionProvider" or (provider == "CUDAExecutionProvider" and bool(_driver()))
+            yield Finding("onnxruntime", item, f"does not load: {reason}" + (f"; {remedy}" if remedy else ""), ok=not needed)

@@ -1,0 +1,147 @@
+"""What predict, eval and doctor print: a table on a terminal, plain lines elsewhere, JSON, JSON lines, CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from vitcli.inference import Answer, Scores
+    from vitcli.report.doctor import Finding
+
+CSV_HEADER = ("path", "rank", "class", "name", "probability", "error")
+
+
+def printable(text: str) -> str:
+    """The text with control characters, and bytes that are no text, as escapes: fit for any terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def to_json(value: Any) -> str:
+    """JSON in ASCII. A file name that is no text survives as lone surrogates (`os.fsencode` gives its bytes back)."""
+    return json.dumps(value, allow_nan=False)
+
+
+def answers_table(answers: Iterable[Answer]) -> Table:
+    """The answers with a bar for each probability."""
+    table = Table("image", "class", "probability", "", box=None, pad_edge=False)
+    for answer in answers:
+        path = Text(printable(answer.path), overflow="fold")
+        if answer.error is not None:
+            table.add_row(path, Text(printable(answer.error), style="red"))
+        for guess in answer.top:
+            bar = ProgressBar(total=1.0, completed=guess.probability, width=20)
+            table.add_row(path, Text(printable(guess.name)), f"{guess.probability:7.2%}", bar)
+            path = Text()
+    return table
+
+
+def answers_lines(answers: Iterable[Answer]) -> Iterator[str]:
+    """A line an image: path, then probability and name of each class, with tabs between."""
+    for answer in answers:
+        cells = [cell for guess in answer.top for cell in (f"{guess.probability:.4f}", printable(guess.name))]
+        yield "\t".join([printable(answer.path), *(cells or [f"error: {printable(answer.error or '')}"])])
+
+
+def answers_json(answers: Iterable[Answer], model: str) -> str:
+    """All answers as one JSON object."""
+    return to_json({"model": model, "images": [_answer(answer) for answer in answers]})
+
+
+def answers_jsonl(answers: Iterable[Answer]) -> Iterator[str]:
+    """A JSON object an image."""
+    return (to_json(_answer(answer)) for answer in answers)
+
+
+def answers_csv(answers: Iterable[Answer]) -> Iterator[str]:
+    """A header, then a line a class; a cell that a spreadsheet would take for a formula starts with '."""
+    yield _csv_line(CSV_HEADER)
+    for answer in answers:
+        if answer.error is not None:
+            yield _csv_line((answer.path, "", "", "", "", answer.error))
+        for place, guess in enumerate(answer.top, start=1):
+            yield _csv_line((answer.path, str(place), guess.id, guess.name, f"{guess.probability:.6g}", ""))
+
+
+def scores_lines(scores: Scores) -> Iterator[str]:
+    """The scores, a line each: name, tab, value."""
+    return (f"{name}\t{value}" for name, value in _scores(scores))
+
+
+def scores_table(scores: Scores) -> Table:
+    """The scores as a table."""
+    table = Table("score", "value", box=None, pad_edge=False, show_header=False)
+    for name, value in _scores(scores):
+        table.add_row(Text(name), Text(value))
+    return table
+
+
+def scores_json(scores: Scores, model: str) -> str:
+    """The scores as one JSON object; shares are between 0 and 1."""
+    return to_json({"model": model, **vars(scores), "images_per_second": scores.images_per_second})
+
+
+def findings_lines(findings: Iterable[Finding]) -> Iterator[str]:
+    """A line each: section, item, value, with tabs between; what is wrong is marked."""
+    for finding in findings:
+        mark = "" if finding.ok else "PROBLEM: "
+        yield f"{finding.section}\t{finding.item}\t{mark}{printable(finding.value)}"
+
+
+def findings_table(findings: Iterable[Finding]) -> Table:
+    """The findings by section."""
+    table = Table("section", "item", "value", box=None, pad_edge=False, show_header=False)
+    section = ""
+    for finding in findings:
+        shown = "" if finding.section == section else finding.section
+        section = finding.section
+        style = "" if finding.ok else "red"
+        table.add_row(Text(shown, style="bold"), Text(finding.item), Text(printable(finding.value), style=style))
+    return table
+
+
+def findings_json(findings: Iterable[Finding]) -> str:
+    """The findings as one JSON object; `ok` says whether none is a problem."""
+    entries = [finding._asdict() for finding in findings]
+    return to_json({"ok": all(entry["ok"] for entry in entries), "findings": entries})
+
+
+def _answer(answer: Answer) -> dict[str, Any]:
+    if answer.error is not None:
+        return {"path": answer.path, "error": answer.error}
+    top = [{"class": guess.id, "name": guess.name, "probability": guess.probability} for guess in answer.top]
+    return {"path": answer.path, "top": top}
+
+
+def _csv_line(cells: Iterable[str]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow([_cell(cell) for cell in cells])
+    return line.getvalue()
+
+
+def _cell(text: str) -> str:
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+def _scores(scores: Scores) -> list[tuple[str, str]]:
+    lines = [
+        ("images", f"{scores.images:,}"),
+        ("classes", f"{scores.seen:,} of {scores.classes:,}"),
+        ("loss", f"{scores.loss:.4f}"),
+        ("top-1", f"{scores.top1:.2%}"),
+        ("top-5", f"{scores.top5:.2%}"),
+    ]
+    if scores.top1_seen is not None:
+        lines.append((f"top-1 among the {scores.seen:,} classes", f"{scores.top1_seen:.2%}"))
+    if scores.bad:
+        lines.append(("unreadable, not scored", f"{len(scores.bad):,}"))
+    speed = f"{scores.images_per_second:,.0f} images/s, {scores.waiting / scores.seconds:.0%} of it waiting for data"
+    return [*lines, ("speed", speed)]

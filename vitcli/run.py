@@ -1,0 +1,100 @@
+"""A run folder: its name, its lock, its log of metrics.
+
+    recipe.yaml  recipe.resolved.yaml  env.json  metrics.jsonl  results.png
+    checkpoints/step_00012000/  best/  last/  export/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vitcli import storage
+from vitcli.errors import CheckpointError, LockedError, StorageError
+
+RUNS = Path("runs")
+
+
+class Run:
+    """A run folder that this process owns until it ends. Raises LockedError if another one does."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock = (path / "run.lock").open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            owner = self._lock.read().strip() or "another process"
+            raise LockedError(f"{path} is in use by {owner}", "wait for it, or choose another folder with --run") from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
+        self.checkpoints.mkdir(exist_ok=True)
+        storage.sweep(path)
+        storage.sweep(self.checkpoints)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints of the steps are."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object a line: training's progress and each evaluation."""
+        return self.path / "metrics.jsonl"
+
+    def write(self, name: str, text: str) -> None:
+        """Write a small file of the run folder, whole or not at all."""
+        storage.write_file(self.path / name, text.encode())
+
+    def log(self, **values: Any) -> None:
+        """Append a line to metrics.jsonl."""
+        try:
+            with self.metrics_file.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise StorageError(f"cannot write {self.metrics_file}: {error.strerror}") from error
+
+    def log_size(self) -> int:
+        """Bytes of metrics.jsonl so far."""
+        return self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
+
+    def rewind_log(self, size: int) -> None:
+        """Forget the lines after `size` bytes: the steps that a resumed run takes again."""
+        if self.metrics_file.exists():
+            os.truncate(self.metrics_file, min(size, self.log_size()))
+
+
+def create(name: str, path: Path | None = None) -> Run:
+    """A new run folder: `path`, which must not hold a run yet, or runs/NAME, runs/NAME-2, …"""
+    for path in [path] if path else _names(name):
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise StorageError(f"cannot make the run folder {path}: {error.strerror}") from error
+        return Run(path)
+    raise CheckpointError(f"{path} exists already", f"continue it with --resume {path}, or choose another --run")
+
+
+def _names(name: str) -> Iterator[Path]:
+    yield RUNS / name
+    for number in range(2, 10_000):
+        yield RUNS / f"{name}-{number}"
+
+
+def newest_finished() -> Path:
+    """The run under runs/ that finished last."""
+    finished = [marker.parent for marker in RUNS.glob("*/last")]
+    if not finished:
+        raise CheckpointError(
+            f"no finished run under {RUNS}/ and no --ckpt given", "give --ckpt PATH, or train one: vit pretrain quickstart"
+        )
+    return max(finished, key=lambda path: (path / "last").stat().st_mtime_ns)

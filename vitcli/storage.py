@@ -1,0 +1,111 @@
+"""Folders that exist whole or not at all, and that tell when a byte of them has changed.
+
+A folder is written beside its place, every file synced, sealed by `manifest.json` (size and SHA-256 of each file),
+and renamed; so a reader never sees half of one, whenever the writer was killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from vitcli.errors import CheckpointError, StorageError
+
+MANIFEST = "manifest.json"
+
+
+def write_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Make the folder `path` with the files that `write` puts into the folder it is given; replace an older one.
+
+    Raises StorageError; then nothing under the final name has changed.
+    """
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        _seal(temporary)
+        replaced = path.with_name(f".del-{path.name}")
+        if path.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            path.rename(replaced)
+        temporary.rename(path)
+        _sync(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except Exception as error:  # safetensors has an error of its own for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise StorageError(f"cannot write {path}: {error}", "free space or choose another folder") from error
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder; killed half-way, what is left no longer has its name."""
+    doomed = path.with_name(f".del-{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(parent: Path) -> None:
+    """Clear away what a killed writer left in `parent`, and finish a replacement that it was in the middle of."""
+    for left in sorted(parent.glob(".del-*")):
+        place = parent / left.name.removeprefix(".del-")
+        if place.name in ("best", "last") and not place.exists():
+            left.rename(place)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+    for left in parent.glob(".tmp-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def verify(path: Path) -> None:
+    """Hold every file of a sealed folder against its manifest. Raises CheckpointError naming the file."""
+    try:
+        files = json.loads((path / MANIFEST).read_bytes())["files"]
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path}: {MANIFEST} is missing or damaged") from None
+    for name, (size, digest) in expected.items():
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            raise CheckpointError(f"{path}: {name} is missing")
+        if file.stat().st_size != size or _sha256(file) != digest:
+            raise CheckpointError(f"{file}: damaged (its SHA-256 is not the one written in {MANIFEST})")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace one file, whole or not at all. Raises StorageError."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        temporary.write_bytes(content)
+        _sync(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _seal(folder: Path) -> None:
+    files = sorted(folder.iterdir())
+    for file in files:
+        _sync(file)
+    entries = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"format": 1, "files": entries}, indent=1))
+    _sync(manifest)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

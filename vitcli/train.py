@@ -1,0 +1,281 @@
+"""Training: one loop for pretraining and fine-tuning."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitcli import checkpoint, optim, rng
+from vitcli import runtime as runtimes
+from vitcli.checkpoint import Position, Trained
+from vitcli.data.loader import epoch_steps, fingerprint, train_batches
+from vitcli.data.mix import mix, one_hot
+from vitcli.data.preprocess import normalise
+from vitcli.errors import CheckpointError, DataError, NumericsError
+from vitcli.inference import TorchPredictor, score
+from vitcli.report.plots import draw_results
+from vitcli.report.progress import Progress
+from vitcli.rng import Stream
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from vitcli.data.sources import Dataset
+    from vitcli.recipe import Recipe
+    from vitcli.run import Run
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. `signal` is the one that stopped it early, or None."""
+
+    run: Path
+    step: int
+    steps: int
+    best_score: float | None
+    best_step: int
+    seconds: float
+    signal: int | None
+
+
+def fit(recipe: Recipe, run: Run, progress: Progress, trained: Trained | None = None) -> Outcome:
+    """Train to the end of the recipe, from where the run folder stands.
+
+    A run folder with a checkpoint is continued to the same bits; an empty one starts from `trained` or from the
+    original's initial weights. SIGINT and SIGTERM end it after the update under way, with a checkpoint.
+    Raises DataError, CheckpointError, NumericsError, StorageError.
+    """
+    begin = time.monotonic()
+    found, passed = checkpoint.newest(run.checkpoints)
+    for reason in passed:
+        progress.note(f"warning: {reason}; using {found.name if found else 'none'}")
+    earlier = checkpoint.environment_of(found) if found else {}
+    runtime = runtimes.start(recipe.runtime, earlier)
+
+    train_set, val_set = recipe.data.source.open("train"), recipe.data.source.open("val")
+    classes = train_set.classes
+    if recipe.data.classes not in (None, len(classes)):
+        raise DataError(f"the data has {len(classes)} classes, the recipe says {recipe.data.classes}", "mend data.classes")
+    per_epoch = epoch_steps(train_set, recipe.batch)
+    steps = recipe.steps or max(1, round((recipe.epochs or 0) * per_epoch))
+    warmup = recipe.optim.warmup(per_epoch)
+    eval_every = recipe.eval_every or per_epoch
+    save_every = recipe.save_every or eval_every
+
+    runtimes.seed(rng.torch_seed(recipe.seed, Stream.INIT))
+    if trained and not found:
+        model, notes = checkpoint.start_from(trained, recipe.model, len(classes), recipe.data.res)
+        for note in [f"starting from {trained.origin}", *notes]:
+            progress.note(note)
+    else:
+        model = recipe.model.build(len(classes), recipe.data.res)
+    module = runtime.prepare(recipe.objective.build(model))
+    optimizer = optim.build(recipe.optim, module)
+    average = optim.Average(module, recipe.optim.ema) if recipe.optim.ema else None
+    position = checkpoint.resume(found, module, optimizer, average) if found else Position()
+    run.rewind_log(position.log_bytes)
+
+    environment = runtime.describe() | {"data": fingerprint(train_set), "val": fingerprint(val_set)}
+    _compare(environment, earlier, progress)
+    run.write("env.json", json.dumps(environment, indent=1))
+    predictor = TorchPredictor(module.model, classes, recipe.data.preprocessing, runtime, origin=str(run.path))
+
+    def evaluate() -> None:
+        """Score the weights (the average, if there is one) and keep them if they are the best."""
+        with _averaged(average):
+            scores = score(predictor, val_set, batch=recipe.batch, workers=_val_workers(recipe), on_batch=stop.check)
+            if position.best_score is None or scores.top1 > position.best_score:
+                position.best_score, position.best_step = scores.top1, position.step
+                checkpoint.save_model(run.path / "best", module.model, recipe, classes, position.step)
+        position.scored_step = position.step
+        run.log(step=position.step, val_loss=scores.loss, val_top1=scores.top1, val_top5=scores.top5)
+        progress.scored(position.step, scores.loss, scores.top1, best=position.best_step == position.step)
+
+    def save() -> None:
+        position.sums, position.log_bytes = meter.values(), run.log_size()
+        checkpoint.save_training(run.checkpoints, position, module, optimizer, average, recipe, classes, environment)
+        checkpoint.prune(run.checkpoints, recipe.keep_last, recipe.keep_every)
+
+    meter = _Meter(position.sums)
+    saved = position.step
+    batches = train_batches(
+        recipe.data, train_set, batch=recipe.batch, seed=recipe.seed, start=position.step, steps=steps
+    )
+    with _Stop() as stop, progress.training(position.step, steps, recipe.batch):
+        module.train()
+        while True:
+            if _due(position.step, eval_every, steps) and position.scored_step < position.step:
+                try:
+                    evaluate()
+                except _Stopped:
+                    pass  # the checkpoint says that this score is still owed
+            if saved < position.step and (stop.signal or _due(position.step, save_every, steps)):
+                save()
+                saved = position.step
+            if stop.signal or position.step == steps:
+                break
+
+            step, asked = position.step, time.monotonic()
+            batch = next(batches)
+            meter.wait(time.monotonic() - asked)
+            position.bad_images += len(batch.pop("bad", ()))
+            batch = runtime.put(batch)
+            images = normalise(batch["images"], recipe.data)
+            targets = one_hot(batch["labels"], len(classes))
+            images, targets = mix(images, targets, recipe.data.augment, rng.generator(recipe.seed, Stream.MIX, step))
+
+            for index, (part, share) in enumerate(_micro_batches(images, targets, recipe.runtime.micro_batch)):
+                runtimes.seed(rng.torch_seed(recipe.seed, Stream.MODEL, step, index))
+                with runtime.autocast():
+                    losses = module(part)
+                (losses["loss"] * share).backward()
+                meter.add(losses, len(part["images"]))
+
+            if recipe.optim.clip:
+                _clip(module, recipe.optim.clip)
+            lr = optim.learning_rate(recipe.optim, step, steps, warmup)
+            optim.update(optimizer, lr)
+            if average:
+                average.update(step)
+            position.step = step + 1
+
+            progress.step(position.step)
+            if position.step % recipe.log_every == 0 or position.step == steps:
+                values = meter.read(position.step)
+                run.log(step=position.step, epoch=round(position.step / per_epoch, 4), lr=lr, **values)
+                progress.log(position.step, lr=lr, **values)
+
+    if not stop.signal:
+        with _averaged(average):
+            checkpoint.save_model(run.path / "last", module.model, recipe, classes, position.step)
+    draw_results(run.metrics_file, run.path / "results.png", title=run.path.name)
+    return Outcome(
+        run=run.path,
+        step=position.step,
+        steps=steps,
+        best_score=position.best_score,
+        best_step=position.best_step,
+        seconds=time.monotonic() - begin,
+        signal=stop.signal,
+    )
+
+
+def _due(step: int, every: int, steps: int) -> bool:
+    return step > 0 and (step % every == 0 or step == steps)
+
+
+def _micro_batches(images: Tensor, targets: Tensor, size: int | None) -> Iterator[tuple[dict[str, Tensor], float]]:
+    """Parts of a batch that fit into memory, each with its share of the batch; their gradients add up to the batch's."""
+    count = len(images)
+    for first in range(0, count, size or count):
+        part = slice(first, first + (size or count))
+        yield {"images": images[part], "targets": targets[part]}, len(images[part]) / count
+
+
+def _clip(module: torch.nn.Module, norm: float) -> None:
+    import torch
+
+    torch.nn.utils.clip_grad_norm_(module.parameters(), norm)
+
+
+@contextmanager
+def _averaged(average: optim.Average | None) -> Iterator[None]:
+    """The averaged weights in place of the live ones."""
+    if average:
+        average.swap()
+    try:
+        yield
+    finally:
+        if average:
+            average.swap()
+
+
+def _compare(environment: dict[str, Any], earlier: dict[str, Any], progress: Progress) -> None:
+    """Refuse to resume on other data; say where bits may differ."""
+    if not earlier:
+        return
+    for key in ("data", "val"):
+        if environment[key] != earlier[key]:
+            raise CheckpointError(
+                f"the {'training' if key == 'data' else 'validation'} images are not those that the run began with",
+                "restore them, or start a new run from its weights: vit finetune --ckpt RUN",
+            )
+    changed = [f"{key} {earlier[key]} -> {value}" for key, value in environment.items() if earlier.get(key) != value]
+    if changed:
+        progress.note(f"warning: resuming is right but not to the bit: {', '.join(changed)}")
+
+
+class _Meter:
+    """Means of the objective's scalars, speed and waiting since the last line of the log."""
+
+    def __init__(self, sums: dict[str, float]):
+        self._sums: dict[str, Any] = dict(sums)
+        self._restart()
+
+    def _restart(self) -> None:
+        self._begin, self._waited, self._seen = time.monotonic(), 0.0, 0
+
+    def wait(self, seconds: float) -> None:
+        """Count time spent waiting for data."""
+        self._waited += seconds
+
+    def add(self, losses: dict[str, Tensor], images: int) -> None:
+        """Count the losses of some images, without waiting for the device."""
+        self._seen += images
+        for key, value in {"images": images, **{k: v.detach() * images for k, v in losses.items()}}.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value
+
+    def values(self) -> dict[str, float]:
+        """The sums as numbers. Raises NumericsError if one is not finite."""
+        values = {key: float(value) for key, value in self._sums.items()}
+        for key, value in values.items():
+            if not math.isfinite(value):
+                raise NumericsError(
+                    f"the {key} became {value} since the last line of the log",
+                    "the checkpoints are from before; lower optim.lr, lengthen the warm-up or set optim.clip=1.0",
+                )
+        return values
+
+    def read(self, step: int) -> dict[str, float]:
+        """The means, images per second and the share of time spent waiting; then start afresh."""
+        values, seconds = self.values(), time.monotonic() - self._begin
+        images = values.pop("images")
+        means = {key: value / images for key, value in values.items()}
+        speed = {"images_per_second": round(self._seen / seconds, 1), "waiting": round(self._waited / seconds, 3)}
+        self._sums = {}
+        self._restart()
+        return means | speed
+
+
+class _Stopped(Exception):  # noqa: N818 (not an error)
+    """Raised inside an evaluation when a signal has come."""
+
+
+class _Stop:
+    """Remembers SIGINT and SIGTERM instead of obeying at once."""
+
+    signal: int | None = None
+
+    def __enter__(self) -> _Stop:
+        self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, _: object) -> None:
+        self.signal = self.signal or number
+
+    def check(self, *_: object) -> None:
+        """Raise _Stopped if a signal has come."""
+        if self.signal:
+            raise _Stopped
