@@ -222,12 +222,16 @@ def find_images(args: Sequence[str]) -> list[str]:
 
 
 def _images_below(folder: str) -> list[str]:
-    found = [
-        os.path.join(place, name)
-        for place, _, names in os.walk(folder)
-        for name in names
-        if os.path.splitext(name)[1].lower() in EXTENSIONS
-    ]
+    """Hidden files and folders are passed over, as in data sets; links to folders are not followed."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+    found = []
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        visible = [name for name in names if not name.startswith(".")]
+        found += [os.path.join(place, name) for name in visible if os.path.splitext(name)[1].lower() in EXTENSIONS]
     if not found:
         raise DataError(f"no images in {folder}", f"looked for {', '.join(sorted(EXTENSIONS))}")
     return sorted(found)

@@ -34,7 +34,8 @@ def explain(error: ValidationError, schema: type[Schema], tree: Tree) -> list[Mi
     missing: dict[Path, list[str]] = {}
     unwritten: list[Mistake] = []
     meant: set[Path] = set()  # sections for which an unknown key was meant
-    for problem in error.errors(include_url=False):
+    problems: list[Any] = error.errors(include_url=False)
+    for problem in problems:
         path, kind = _path(problem["loc"], tree.data), problem["type"]
         if kind == "recipe":
             path += tuple(problem["ctx"]["key"].split("."))
@@ -64,9 +65,7 @@ def _path(loc: tuple[str | int, ...], data: Any) -> Path:
     """Pydantic's location as a path in the tree: it also names the kind of a section of which there are several."""
     path: Path = ()
     for part in loc:
-        if isinstance(data, dict) and part in data:
-            data = data[part]
-        elif isinstance(data, list | tuple) and isinstance(part, int) and part < len(data):
+        if _has(data, part):
             data = data[part]
         elif part == data or (isinstance(data, dict) and part == data.get("name")):
             data = data if isinstance(data, dict) else {"name": data}
@@ -77,9 +76,13 @@ def _path(loc: tuple[str | int, ...], data: Any) -> Path:
     return path
 
 
+def _has(data: Any, part: str | int) -> bool:
+    return part in (data if isinstance(data, dict) else range(len(data)) if isinstance(data, list | tuple) else ())
+
+
 def _at(data: Any, path: Path) -> Any:
     for part in path:
-        data = data[part] if isinstance(data, list | tuple) or (isinstance(data, dict) and part in data) else None
+        data = data[part] if _has(data, part) else None
     return data
 
 

@@ -14,7 +14,7 @@ from pydantic import Field, PositiveInt, ValidationError, model_validator
 from pydantic.json_schema import GenerateJsonSchema
 
 from vitcli import mistakes, recipe_files, schema, yaml_tree
-from vitcli.data import DataConfig
+from vitcli.data import Augment, DataConfig
 from vitcli.errors import RecipeError
 from vitcli.model import ViTConfig
 from vitcli.objectives import AnyObjective
@@ -30,9 +30,9 @@ class Recipe(Schema):
 
     model: ViTConfig
     data: DataConfig
-    objective: AnyObjective = Classify()
-    optim: OptimConfig = OptimConfig()
-    runtime: RuntimeConfig = RuntimeConfig()
+    objective: AnyObjective = Classify.parse({})  # pyright: ignore[reportInvalidTypeForm]
+    optim: OptimConfig = OptimConfig.parse({})
+    runtime: RuntimeConfig = RuntimeConfig.parse({})
 
     epochs: float | None = Field(None, gt=0, description="length of training; or `steps`")
     steps: PositiveInt | None = Field(None, description="length of training in updates")
@@ -62,17 +62,17 @@ class Recipe(Schema):
 
 def _check_data(data: DataConfig) -> None:
     """Crops that no image can give, and settings of one crop beside another."""
-    augment, default = data.augment, DataConfig.model_fields["augment"].default
+    augment, default = data.augment, {name: field.default for name, field in Augment.model_fields.items()}
     if data.resize is not None and data.resize < max(data.res):
         raise wrong("data.resize", f"{data.resize} is less than res: {max(data.res)}, so there is nothing to crop")
     for key in ("area", "aspect"):
         low, high = getattr(augment, key)
         if not 0 < low <= high:
             raise wrong(f"data.augment.{key}", f"expected two numbers above 0, the smaller first, got [{low}, {high}]")
-        if augment.crop != "inception_crop" and (low, high) != getattr(default, key):
+        if augment.crop != "inception_crop" and (low, high) != default[key]:
             raise wrong(f"data.augment.{key}", f"has no effect with crop: {augment.crop}")
     for key in ("resize", "pad"):
-        if augment.crop != "random_crop" and getattr(augment, key) != getattr(default, key):
+        if augment.crop != "random_crop" and getattr(augment, key) != default[key]:
             raise wrong(f"data.augment.{key}", f"has no effect with crop: {augment.crop}")
     for side, res in zip(augment.resize or (), data.res, strict=False):
         if side + 2 * augment.pad < res:

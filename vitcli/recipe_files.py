@@ -19,7 +19,10 @@ def shipped() -> dict[str, Path]:
 
 
 def find(name_or_path: str | Path) -> Path:
-    """The file of a shipped name, or of a path: what has a folder or an ending. Raises RecipeError where there is none."""
+    """The file of a shipped name, or of a path: what has a folder or an ending.
+
+    Raises RecipeError where there is none.
+    """
     name, names = str(name_or_path), shipped()
     if name in names:
         return names[name]

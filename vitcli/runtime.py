@@ -58,7 +58,10 @@ class Runtime:
     def put(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch on the device."""
         pinned = self.device.type == "cuda"
-        return {key: (value.pin_memory() if pinned else value).to(self.device, non_blocking=pinned) for key, value in batch.items()}
+        return {
+            key: (value.pin_memory() if pinned else value).to(self.device, non_blocking=pinned)
+            for key, value in batch.items()
+        }
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -67,6 +70,15 @@ class Runtime:
 
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             yield
+
+    def matmul_speed(self) -> float:
+        """Floating-point operations a second of a large matrix product, measured for a moment."""
+        import torch
+
+        side = 8192 if self.device.type == "cuda" else 1024
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        matrix = torch.randn(side, side, device=self.device, dtype=dtype)
+        return 2 * side**3 / _seconds(matrix, matrix)
 
     def describe(self) -> dict[str, Any]:
         """What the numbers of a run depend on besides its recipe; a resumed run is compared with it."""
@@ -138,11 +150,15 @@ def _precision(device: torch.device) -> str:
 
 
 def _seconds(left: Tensor, right: Tensor) -> float:
-    """Best of a few products."""
+    """Time of a matrix product: the best of a few."""
+    import torch
+
     times = []
     for _ in range(6):
         begin = time.perf_counter()
-        left @ right
+        product = left @ right
+        if product.is_cuda:
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
     return min(times)
 

@@ -59,16 +59,18 @@ def one_of(package: str, base: type[Schema]) -> Any:
     Each file defines one subclass of `base`, whose `name` is the file's. `source: digits` is short for
     `source: {name: digits}`.
     """
-    choices = tuple(
+    choices: tuple[Any, ...] = tuple(
         value
         for module in folder(package).values()
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__
     )
-    union = Annotated[Union[choices], Field(discriminator="name")] if len(choices) > 1 else choices[0]
+    union: Any = Union[choices]
+    if len(choices) > 1:
+        union = Annotated[union, Field(discriminator="name")]
+    names: Any = Literal[tuple(folder(package))]
     spelt = BeforeValidator(
-        lambda value: {"name": value} if isinstance(value, str) else value,
-        json_schema_input_type=Union[union, Literal[tuple(folder(package))]],
+        lambda value: {"name": value} if isinstance(value, str) else value, json_schema_input_type=Union[union, names]
     )
     return Annotated[union, Choice(choices), spelt]
 

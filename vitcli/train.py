@@ -91,7 +91,7 @@ def fit(recipe: Recipe, run: Run, progress: Progress, trained: Trained | None = 
     def evaluate() -> None:
         """Score the weights (the average, if there is one) and keep them if they are the best."""
         with _averaged(average):
-            scores = score(predictor, val_set, batch=recipe.batch, workers=_val_workers(recipe), on_batch=stop.check)
+            scores = score(predictor, val_set, batch=recipe.batch, workers=recipe.data.workers, on_batch=stop.check)
             if position.best_score is None or scores.top1 > position.best_score:
                 position.best_score, position.best_step = scores.top1, position.step
                 checkpoint.save_model(run.path / "best", module.model, recipe, classes, position.step)

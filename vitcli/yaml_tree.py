@@ -186,6 +186,7 @@ class _Reader:
 
     def mapping(self, path: Path) -> dict[str, Any]:
         items: dict[str, Any] = {}
+        event: Any
         while not isinstance(event := next(self.events), yaml.MappingEndEvent):
             place, mistaken = self.at(event), len(self.mistakes)
             name = self.node(event, (*path, ""))

@@ -60,7 +60,9 @@ class Augment(Schema):
     )
     area: tuple[Share, Share] = Field((0.05, 1.0), description="inception_crop: share of the image's area")
     aspect: tuple[PositiveFloat, PositiveFloat] = Field((3 / 4, 4 / 3), description="inception_crop: width / height")
-    resize: Size | None = Field(None, description="random_crop: stretch the image to this first; null: shorter side = res")
+    resize: Size | None = Field(
+        None, description="random_crop: stretch the image to this first; null: shorter side = res"
+    )
     pad: int = Field(0, ge=0, description="random_crop: zero pixels added on each side before cropping")
     interpolation: Interpolation = "bilinear"
     antialias: bool = Field(False, description="the original's training crop has none")
@@ -88,9 +90,10 @@ class Augment(Schema):
 class DataConfig(Preprocessing):
     """Which images, and how they are prepared: `Preprocessing` for evaluation, `augment` for training."""
 
-    source: AnySource
+    source: AnySource  # pyright: ignore[reportInvalidTypeForm]
     classes: PositiveInt | None = Field(None, description="expected number of classes; checked against the data")
-    augment: Augment = Augment()
+    images: PositiveInt | None = Field(None, description="training images; only --dry-run without the data needs it")
+    augment: Augment = Augment.parse({})
     bad_images: Share = Field(0.0, description="share of unreadable training images to replace; above it training ends")
     workers: int | None = Field(None, ge=0, description="loader processes; null: chosen by the source and the cores")
 

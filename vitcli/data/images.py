@@ -11,7 +11,7 @@ import stat
 import threading
 import warnings
 from io import BytesIO
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -37,7 +37,7 @@ _ORIENTATION = 0x0112
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323
 
 
-class BadImage(DataError):
+class BadImage(DataError):  # noqa: N818 (it names the image, too)
     """An image that cannot be used: `path` says which, `reason` why."""
 
     def __init__(self, path: str, reason: str, hint: str = ""):
@@ -89,7 +89,7 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
 
 
 class _Quiet:
-    """No warnings inside. The filters belong to all threads: the first that enters sets them, the last restores them."""
+    """No warnings inside. All threads share the filters: the first to enter sets them, the last to leave restores."""
 
     def __init__(self) -> None:
         self._lock, self._inside = threading.Lock(), 0
@@ -101,7 +101,7 @@ class _Quiet:
                 self._filters.__enter__()
             self._inside += 1
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         with self._lock:
             self._inside -= 1
             if not self._inside:

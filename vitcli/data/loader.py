@@ -6,23 +6,17 @@ start at any step at once, and there is no state to save.
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
-import sys
-import threading
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, get_worker_info
+from torch import Tensor
 
 from vitcli import rng
 from vitcli.data import DataConfig, Preprocessing
@@ -30,11 +24,13 @@ from vitcli.data.augment import augment
 from vitcli.data.images import BadImage
 from vitcli.data.preprocess import prepare
 from vitcli.data.sources import Dataset
+from vitcli.data.workers import Part, Sample, load, start_server
 from vitcli.errors import DataError
 from vitcli.rng import Stream
 
 CHUNK = 256  # images that a process loads at a time: a larger batch comes in parts
-TRIES = 100  # readable replacements are sought so often for one broken image
+TRIES = 100  # how often a replacement for one broken image is sought
+FEW, SMALL, MOST_WORKERS = 1000, 64, 16  # fewer images, or smaller ones in memory, are loaded by this process
 
 Batch = dict[str, Any]
 
@@ -42,7 +38,8 @@ Batch = dict[str, Any]
 def epoch_steps(dataset: Dataset, batch: int) -> int:
     """Updates in an epoch, without the last partial batch. Raises DataError if there is not one."""
     if batch > len(dataset):
-        raise DataError(f"a batch of {batch} is more than the {len(dataset)} training images", f"--set batch={len(dataset)}")
+        message = f"a batch of {batch} is more than the {len(dataset)} training images"
+        raise DataError(message, f"take at most --set batch={len(dataset)}")
     return len(dataset) // batch
 
 
@@ -60,13 +57,13 @@ def train_batches(
     """The batches of the updates `start` to `steps`: "images" uint8 (b, 3, h, w), augmented, and "labels" int64 (b,).
 
     A batch in which broken images were replaced has "bad" too, a list of BadImage. Raises BadImage where none may be
-    replaced, DataError beyond the share that may, if `batch` is too large, or if a loader process is killed.
+    replaced, and DataError beyond the share that may, if `batch` is too large, or if a loader process is killed.
     """
     epoch_steps(dataset, batch)
-    workers = _workers(data.workers, dataset, data.res, batch, steps - start)
+    workers = _workers(data.workers, dataset, data.res, batch * (steps - start))
     if workers:
-        _start_server()  # it imports torch while the caller builds a model
-    return _train_batches(data, dataset, batch, seed, start, steps, workers)
+        start_server()  # it imports torch while the caller builds a model
+    return _train_batches(data, dataset, batch, seed, range(start, steps), workers)
 
 
 def eval_batches(
@@ -74,30 +71,29 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Every image once, in order: "images" uint8 (b, 3, h, w) and "labels" int64 (b,); the last batch may be smaller.
 
-    Broken images are left out, never replaced; a batch that lacks some has "bad" too, a list of BadImage.
+    Broken images are left out, never replaced: a batch that lacks some has "bad" too, a list of BadImage.
     """
-    steps = -(-len(dataset) // batch)
-    positions = (list(range(i, min(i + batch, len(dataset)))) for i in range(0, len(dataset), batch))
-    workers = _workers(workers, dataset, preprocessing.res, batch, steps)
-    with closing(_load(_Eval(preprocessing, dataset), positions, workers)) as parts:
+    sample = partial(_eval_sample, preprocessing, dataset)
+    positions = (list(range(len(dataset))[i : i + batch]) for i in range(0, len(dataset), batch))
+    workers = _workers(workers, dataset, preprocessing.res, len(dataset))
+    with closing(load(sample, preprocessing.res, positions, workers)) as parts:
         for part in parts:
-            yield _join([part], [BadImage(path, reason) for _, path, reason in part["bad"]])
+            yield _join([part])
 
 
 def _train_batches(
-    data: DataConfig, dataset: Dataset, batch: int, seed: int, start: int, steps: int, workers: int
+    data: DataConfig, dataset: Dataset, batch: int, seed: int, steps: range, workers: int
 ) -> Iterator[Batch]:
+    sample = partial(_training_sample, data, dataset, seed)
     broken: dict[int, BadImage] = {}
-    positions = _order(len(dataset), batch, seed, start, steps)
-    with closing(_load(_Train(data, dataset, seed), positions, workers)) as loaded:
-        for _ in range(start, steps):
+    with closing(load(sample, data.res, _order(len(dataset), batch, seed, steps), workers)) as loaded:
+        for _ in steps:
             parts = [next(loaded) for _ in range(0, batch, CHUNK)]
-            bad = {i: BadImage(path, reason) for part in parts for i, path, reason in part["bad"]}
-            broken |= bad
+            broken |= {index: BadImage(path, reason) for part in parts for index, path, reason in part["bad"]}
             complete = sum(len(part["labels"]) for part in parts) == batch
-            if len(broken) > data.bad_images * len(dataset) or not complete:
+            if not complete or len(broken) > data.bad_images * len(dataset):
                 raise _too_many(list(broken.values()), data.bad_images, len(dataset))
-            yield _join(parts, list(bad.values()))
+            yield _join(parts)
 
 
 def _too_many(broken: list[BadImage], share: float, images: int) -> DataError:
@@ -111,10 +107,10 @@ def _too_many(broken: list[BadImage], share: float, images: int) -> DataError:
     )
 
 
-def _order(images: int, batch: int, seed: int, start: int, steps: int) -> Iterator[list[tuple[int, int]]]:
+def _order(images: int, batch: int, seed: int, steps: range) -> Iterator[list[tuple[int, int]]]:
     """(epoch, index) of the images of each part of each batch. An epoch is a permutation without its partial batch."""
     epoch, order = -1, np.empty(0, dtype=np.int64)
-    for step in range(start, steps):
+    for step in steps:
         now, place = divmod(step, images // batch)
         if now != epoch:
             epoch, order = now, rng.generator(seed, Stream.SHUFFLE, now).permutation(images)
@@ -122,41 +118,46 @@ def _order(images: int, batch: int, seed: int, start: int, steps: int) -> Iterat
         yield from (chosen[i : i + CHUNK] for i in range(0, batch, CHUNK))
 
 
-class _Train:
-    """Augmented images at (epoch, index)."""
-
-    def __init__(self, data: DataConfig, dataset: Dataset, seed: int):
-        self.data, self.dataset, self.seed = data, dataset, seed
-
-    def __getitems__(self, positions: list[tuple[int, int]]) -> Batch:
-        images, labels, bad = [], [], []
-        for epoch, index in positions:
-            others = rng.generator(self.seed, Stream.REPLACE, epoch, index)
-            for _ in range(TRIES if self.data.bad_images else 1):
-                try:
-                    image = self.dataset.image(index)
-                except BadImage as error:
-                    bad.append((index, error.path, error.reason))
-                    index = int(others.integers(len(self.dataset)))  # noqa: PLW2901
-                else:
-                    images.append(augment(image, self.data, chance))
-                    labels.append(self.dataset.labels[index])
-                    break
-        return _stack(images, labels, bad, self.data.res)
+def _training_sample(data: DataConfig, dataset: Dataset, seed: int, position: tuple[int, int]) -> Sample:
+    """The augmented image of (epoch, index), or of another index if that one is broken and may be replaced."""
+    epoch, index = position
+    others = rng.generator(seed, Stream.REPLACE, epoch, index)
+    chance = rng.generator(seed, Stream.AUGMENT, epoch, index)
+    bad = []
+    for _ in range(TRIES if data.bad_images else 1):
+        try:
+            image = dataset.image(index)
+        except BadImage as error:
+            bad.append((index, error.path, error.reason))
+            index = int(others.integers(len(dataset)))
+        else:
+            return augment(image, data, chance), int(dataset.labels[index]), bad
+    return None, 0, bad
 
 
-class _Eval:
-    """Prepared images at an index."""
+def _eval_sample(preprocessing: Preprocessing, dataset: Dataset, index: int) -> Sample:
+    try:
+        return prepare(dataset.image(index), preprocessing), int(dataset.labels[index]), []
+    except BadImage as error:
+        return None, 0, [(index, error.path, error.reason)]
 
-    def __init__(self, preprocessing: Preprocessing, dataset: Dataset):
-        self.preprocessing, self.dataset = preprocessing, dataset
 
-    def __getitems__(self, positions: list[int]) -> Batch:
-        images, labels, bad = [], [], []
-        for index in positions:
-            try:
-                images.append(prepare(self.dataset.image(index), self.preprocessing))
-                labels.append(self.dataset.labels[index])
-            except BadImage as error:
-                bad.append((index, error.path, error.reason))
-        return _stack(images, labels, bad, self.preprocessing.res)
+def _join(parts: list[Part]) -> Batch:
+    images, labels = [part["images"] for part in parts], [part["labels"] for part in parts]
+    batch: Batch = {"images": _cat(images), "labels": _cat(labels)}
+    bad = [BadImage(path, reason) for part in parts for _, path, reason in part["bad"]]
+    return batch | {"bad": bad} if bad else batch
+
+
+def _cat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+
+
+def _workers(wanted: int | None, dataset: Dataset, res: tuple[int, int], images: int) -> int:
+    """Loader processes: as wanted; else none where they do not pay, and otherwise all cores but one."""
+    if wanted is not None:
+        return wanted
+    if images < FEW or (dataset.in_memory and max(res) <= SMALL):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores - 1, MOST_WORKERS)

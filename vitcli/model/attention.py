@@ -85,7 +85,7 @@ class AttentionPool(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:
-        q = split_heads(self.q(self.latent), self.heads).expand(len(x), -1, -1, -1)
+        q = split_heads(self.q(self.latent), self.heads).expand(x.shape[0], -1, -1, -1)
         k, v = (split_heads(part, self.heads) for part in self.kv(x).chunk(2, dim=-1))
         x = self.proj(join_heads(self.attend(q, k, v, 0.0)))
         x = x + self.mlp(self.norm(x))

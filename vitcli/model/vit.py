@@ -59,7 +59,7 @@ class ViT(nn.Module):
                 cls = cls + table[:, :rows]
         for token in (self.reg_token, cls):
             if token is not None:
-                x = torch.cat([token.expand(len(x), -1, -1), x], dim=1)
+                x = torch.cat([token.expand(x.shape[0], -1, -1), x], dim=1)
         return self.dropout(x)
 
     def encode(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
@@ -137,7 +137,7 @@ class DropPath(nn.Module):
         if not self.training or self.rate == 0:
             return x
         keep = 1 - self.rate
-        return x * (x.new_empty(len(x), 1, 1).bernoulli_(keep) / keep)
+        return x * (x.new_empty(x.shape[0], 1, 1).bernoulli_(keep) / keep)
 
 
 def _pre_logits(width: int, features: int) -> nn.Sequential:

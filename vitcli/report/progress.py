@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,10 +15,10 @@ QUIET_SECONDS = 10.0  # between plain lines where stderr is no terminal
 
 
 class Progress:
-    """Tells a person how a run is going. `file` also receives every line, as train.log."""
+    """Tells a person how a run is going, and keeps every line in the file `log`."""
 
-    def __init__(self, console: Console):
-        self.console = console
+    def __init__(self, console: Console, log: Path):
+        self.console, self.file = console, log
         self._bar: Bar | None = None
         self._printed = 0.0
 
@@ -46,6 +47,8 @@ class Progress:
     def note(self, text: str) -> None:
         """A line of its own."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        with self.file.open("a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def step(self, step: int) -> None:
         """An update is done."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,7 +20,7 @@ class Digits(Source):
 
         from vitcli.data.sources._arrays import Arrays
 
-        digits = load_digits()
+        digits: Any = load_digits()
         pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
         chosen = (np.arange(len(pixels)) % 5 == 4) == (split == "val")
         return Arrays(f"digits/{split}", pixels[chosen], digits.target[chosen], [str(digit) for digit in range(10)])

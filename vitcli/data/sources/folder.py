@@ -36,7 +36,7 @@ class Folder(Source):
         if held_out and split == "val":
             return _collect(held_out, _classes(train) if train else None)
         if held_out and not train:
-            raise DataError(f"{root!r} has no folder train", f"make {os.path.join(root, 'train')} with a folder for each class")
+            raise DataError(f"{root!r} has no folder train", "make one, with a folder for each class in it")
         if held_out or (split == "train" and not self.val):
             return _collect(train or root, complete=True)
         if self.val:
@@ -122,12 +122,14 @@ def _class_folders(root: str) -> dict[str, str]:
 
 def _folders(root: str) -> list[str]:
     """Names of the folders in `root` that are not hidden, without links back to it or above it."""
-    real = os.path.realpath(root)
     with _scan(root) as entries:
-        names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
-    links = [name for name in names if os.path.islink(os.path.join(root, name))]
-    loops = {name for name in links if os.path.join(real, "").startswith(os.path.join(os.path.realpath(os.path.join(root, name)), ""))}
-    return [name for name in names if name not in loops]
+        folders = [entry for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+    return [entry.name for entry in folders if not (entry.is_symlink() and _contains(entry.path, root))]
+
+
+def _contains(folder: str, other: str) -> bool:
+    folder, other = os.path.realpath(folder), os.path.realpath(other)
+    return os.path.commonpath([folder, other]) == folder
 
 
 def _images(root: str, folder: str) -> list[str]:

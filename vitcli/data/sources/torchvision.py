@@ -74,7 +74,7 @@ class Torchvision(Source):
                 return getattr(datasets, self.dataset)(root, **SPLITS[self.dataset][split], **download)
         except (OSError, RuntimeError) as error:
             if self.download:
-                raise DataError(f"{self.dataset} cannot be fetched into {root!r}: {error}", "try again later") from error
+                raise DataError(f"{self.dataset} cannot be fetched into {root!r}: {error}") from error
             hint = "fetch it with --set data.source.download=true"
             if self.dataset == "ImageNet":
                 hint = "put the archives of image-net.org there; for class folders use the source folder"

@@ -1,0 +1,466 @@
+"""The commands: read, call, print. stdout holds the answer only; all else goes to stderr. torch is loaded inside a command."""
+
+from __future__ import annotations
+
+import json as jsons
+import os
+import sys
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from typer import Argument, Option
+
+from vitcli import __version__, recipe_files
+from vitcli.errors import CheckpointError, DataError, RecipeError, UserError
+
+if TYPE_CHECKING:
+    from vitcli.checkpoint import Trained
+    from vitcli.data.sources import Dataset
+    from vitcli.plan import Plan
+    from vitcli.recipe import Recipe
+    from vitcli.train import Outcome
+
+app = typer.Typer(
+    help="Plain Vision Transformers: pretrain, fine-tune, evaluate, export, predict.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+recipes = typer.Typer(help="The recipes that come with vitcli.", no_args_is_help=True)
+app.add_typer(recipes, name="recipes", rich_help_panel="Look")
+
+out, err = Console(), Console(stderr=True)
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+RESULT, TRAIN, INPUT = "Result", "Training", "Input"
+
+
+def _recipe_names(incomplete: str) -> list[str]:
+    return [name for name in recipe_files.shipped() if name.startswith(incomplete)]
+
+
+def _recipe_keys(incomplete: str) -> list[str]:
+    from vitcli import recipe
+
+    return [f"{key.dotted}=" for key in recipe.keys() if key.dotted.startswith(incomplete)]
+
+
+Set = Annotated[
+    list[str] | None,
+    Option("--set", metavar="KEY=VALUE", autocompletion=_recipe_keys, help="Override a key of the recipe, as optim.lr=3e-4."),
+]
+RunFolder = Annotated[Path | None, Option("--run", help="Folder of the run. [dim]runs/RECIPE[/]", rich_help_panel=RESULT)]
+Resume = Annotated[
+    Path | None, Option(metavar="RUN", help="Continue the run in this folder, to the same bits.", rich_help_panel=TRAIN)
+]
+DryRun = Annotated[bool, Option("--dry-run", help="Print size, cost and time of the training, and train nothing.")]
+Json = Annotated[bool, Option("--json", help="One JSON object on stdout.", rich_help_panel=RESULT)]
+Checkpoint = Annotated[
+    Path | None,
+    Option("--ckpt", help="Run folder, checkpoint, .npz, .safetensors, .pth or .onnx. [dim]The newest finished run[/]"),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _vit(version: Annotated[bool, Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"vitcli {__version__}")
+        raise typer.Exit
+
+
+@app.command(rich_help_panel="Train")
+def pretrain(
+    recipe: Annotated[str | None, Argument(help="Name of a shipped recipe, or a .yaml file.", autocompletion=_recipe_names)] = None,
+    sets: Set = None,
+    run: RunFolder = None,
+    resume: Resume = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Train a ViT from scratch.
+
+    vit pretrain quickstart
+
+    vit pretrain recipes/b16_in21k.yaml --set data.source.path=/data/imagenet21k --dry-run
+
+    vit pretrain --resume runs/b16_in21k
+    """
+    from vitcli import recipe as loader
+
+    if resume:
+        _refuse_with_resume(recipe=recipe, set=sets, run=run)
+        _resume(resume, json)
+        return
+    if recipe is None:
+        raise RecipeError("no recipe given", "vit pretrain quickstart, or `vit recipes` for the others")
+    loaded = loader.load(recipe, sets or ())
+    if dry_run:
+        _print_plan(loaded, json)
+        return
+    _train(loaded, recipe_files.text(recipe), Path(recipe).stem, run, json)
+
+
+@app.command(rich_help_panel="Train")
+def finetune(
+    ckpt: Annotated[Path | None, Option(help="Weights to start from: a run folder, .npz, .safetensors or .pth.")] = None,
+    data: Annotated[str | None, Option(help="Folder of class folders, or the name of a source.", rich_help_panel=INPUT)] = None,
+    classes: Annotated[int | None, Option(min=1, help="Number of classes, checked against the data.", rich_help_panel=INPUT)] = None,
+    res: Annotated[int | None, Option(min=1, help="Resolution in pixels.", rich_help_panel=INPUT)] = None,
+    recipe: Annotated[str, Option(help="Name of a shipped recipe, or a .yaml file.", autocompletion=_recipe_names)] = "finetune",
+    sets: Set = None,
+    run: RunFolder = None,
+    resume: Resume = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Train on from a checkpoint: new zero head, position table stretched to the resolution.
+
+    vit finetune --ckpt ViT-B_16.npz --data flowers/ --classes 102 --res 384
+
+    vit finetune --ckpt runs/b16_in21k --recipe finetune_cifar10 --set optim.lr=0.01
+    """
+    from vitcli import checkpoint
+    from vitcli import recipe as loader
+
+    if resume:
+        _refuse_with_resume(ckpt=ckpt, data=data, classes=classes, res=res, set=sets, run=run)
+        _resume(resume, json)
+        return
+    if ckpt is None:
+        raise RecipeError("no --ckpt given", "vit finetune --ckpt WEIGHTS --data FOLDER; without weights: vit pretrain")
+    loader.read(recipe)  # a broken recipe is told before the weights are read
+    trained = checkpoint.load(ckpt)
+    options: list[tuple[str, str, Any]] = []
+    if data is not None:
+        options.append(("--data", "data.source", _source(data)))
+    if classes is not None:
+        options.append(("--classes", "data.classes", classes))
+    if res is not None:
+        options += [("--res", "data.res", res), ("--res", "data.resize", None)]
+    under = {
+        "model": trained.config.model_dump(mode="json") | {"representation_size": None, "head_bias": 0.0},
+        "data": {"mean": list(trained.preprocessing.mean), "std": list(trained.preprocessing.std)},
+    }
+    loaded = loader.load(recipe, sets or (), under=under, origin=str(ckpt), options=options)
+    if dry_run:
+        _print_plan(loaded, json)
+        return
+    _train(loaded, recipe_files.text(recipe), Path(recipe).stem, run, json, trained)
+
+
+@app.command(name="eval", rich_help_panel="Use")
+def evaluate(
+    ckpt: Checkpoint = None,
+    data: Annotated[str | None, Option(help="Folder of class folders, or the name of a source. [dim]The run's[/]", rich_help_panel=INPUT)] = None,
+    batch: Annotated[int, Option(min=1)] = 64,
+    device: Device = "auto",
+    provider: Annotated[Literal["auto", "cuda", "cpu"], Option(help="For .onnx files.")] = "auto",
+    allow_bad: Annotated[bool, Option("--allow-bad", help="Leave unreadable images out of the score.", rich_help_panel=INPUT)] = False,
+    min_top1: Annotated[float | None, Option(min=0, max=1, help="Exit 3 below this share.", rich_help_panel=RESULT)] = None,
+    json: Json = False,
+) -> None:
+    """Score a model on labelled images; classes meet by name.
+
+    vit eval
+
+    vit eval --ckpt ViT-B_16.npz --data imagenet/val --json
+    """
+    from vitcli.inference import open_predictor, score
+    from vitcli.report import tables
+
+    ckpt = ckpt or _newest()
+    predictor = open_predictor(ckpt, device=device, provider=provider)
+    dataset = _images_to_score(ckpt, data)
+    with err.status(f"scoring {len(dataset):,} images"):
+        scores = score(predictor, dataset, batch=batch, workers=None, allow_bad=allow_bad)
+    _answer(
+        json,
+        lambda: tables.scores_json(scores, str(ckpt)),
+        lambda: tables.scores_table(scores),
+        lambda: tables.scores_lines(scores),
+    )
+    if min_top1 is not None and scores.top1 < min_top1:
+        raise DataError(f"top-1 {scores.top1:.2%} is below --min-top1 {min_top1:.2%}")
+
+
+@app.command(rich_help_panel="Use")
+def export(
+    onnx: Annotated[bool, Option("--onnx", help="Write ONNX.")] = False,
+    ckpt: Checkpoint = None,
+    output: Annotated[Path | None, Option("-o", "--output", help="[dim]RUN/export/model.onnx[/]", rich_help_panel=RESULT)] = None,
+    opset: Annotated[int, Option(help="ONNX operator set, 18 to 25.")] = 20,
+    json: Json = False,
+) -> None:
+    """Write a model for other programs, and check that it answers as the checkpoint does.
+
+    vit export --onnx
+
+    vit export --onnx --ckpt runs/quickstart -o digits.onnx --opset 23
+    """
+    from vitcli import checkpoint
+    from vitcli.exporters import onnx as target
+
+    if not onnx:
+        raise RecipeError("no format given", "vit export --onnx")
+    ckpt = ckpt or _newest()
+    trained = checkpoint.load(ckpt)
+    folder = ckpt if (ckpt / "checkpoints").is_dir() else None
+    output = output or (folder / "export" / "model.onnx" if folder else Path(f"{ckpt.stem}.onnx"))
+    with err.status("exporting to ONNX"):
+        report = target.export(trained, output, images=_own_images(trained), opset=opset, source=ckpt)
+    facts = asdict(report)
+    if folder and output.parent == folder / "export":
+        (output.parent / "report.json").write_text(jsons.dumps(facts, indent=1))
+    parity = report.parity
+    lines = [
+        f"wrote {report.file}: {report.megabytes} MB, opset {opset}, {report.details['nodes']} nodes, {report.seconds} s",
+        f"ONNX Runtime against the checkpoint on {parity.images} images: largest difference {parity.difference:.2g} "
+        f"(largest logit {parity.largest:.3g}), top-1 agreement {parity.agreement:.1%}",
+    ]
+    print(jsons.dumps(facts) if json else "\n".join(lines))
+
+
+@app.command(rich_help_panel="Use")
+def predict(
+    paths: Annotated[list[str], Argument(metavar="PATH...", help="Images, folders, patterns; - reads a list from stdin.")],
+    ckpt: Checkpoint = None,
+    top: Annotated[int, Option(min=1, help="Classes for each image.", rich_help_panel=RESULT)] = 5,
+    batch: Annotated[int, Option(min=1)] = 32,
+    device: Device = "auto",
+    provider: Annotated[Literal["auto", "cuda", "cpu"], Option(help="For .onnx files.")] = "auto",
+    json: Json = False,
+    jsonl: Annotated[bool, Option("--jsonl", help="A JSON object for each image.", rich_help_panel=RESULT)] = False,
+    csv: Annotated[bool, Option("--csv", help="CSV, a line for each class.", rich_help_panel=RESULT)] = False,
+) -> None:
+    """Name what is in images.
+
+    vit predict img.jpg
+
+    vit predict photos/ --ckpt model.onnx --top 1 --csv
+    """
+    from vitcli import inference
+    from vitcli.report import tables
+
+    if json + jsonl + csv > 1:
+        raise RecipeError("--json, --jsonl and --csv exclude one another")
+    images = inference.find_images(paths)
+    ckpt = ckpt or _newest()
+    predictor = inference.open_predictor(ckpt, device=device, provider=provider)
+    failed = 0
+
+    def counted() -> Any:
+        nonlocal failed
+        for answer in inference.predict(predictor, images, top=top, batch=batch):
+            failed += answer.error is not None
+            yield answer
+
+    if jsonl or csv or not (json or out.is_terminal):
+        form = tables.answers_jsonl if jsonl else tables.answers_csv if csv else tables.answers_lines
+        for line in form(counted()):
+            print(line)
+    elif json:
+        print(tables.answers_json(counted(), str(ckpt)))
+    else:
+        out.print(tables.answers_table(counted()))
+    if failed:
+        _print_error(f"{failed} of {len(images)} images could not be read")
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel="Look")
+def doctor(json: Json = False) -> None:
+    """Versions, devices, and which ONNX Runtime providers really load, and why not."""
+    from vitcli.report import doctor as examination
+    from vitcli.report import tables
+
+    with err.status("looking"):
+        findings = examination.inspect()
+    _answer(
+        json,
+        lambda: tables.findings_json(findings),
+        lambda: tables.findings_table(findings),
+        lambda: tables.findings_lines(findings),
+    )
+
+
+@recipes.command("list")
+def list_recipes() -> None:
+    """The shipped recipes, a line each."""
+    for summary in recipe_files.summaries():
+        print(f"{summary.name:<22} {summary.model:<12} {summary.data:<18} {summary.length:<12} {summary.title}")
+
+
+RecipeName = Annotated[str, Argument(help="Name of a shipped recipe.", autocompletion=_recipe_names)]
+
+
+@recipes.command()
+def show(name: RecipeName) -> None:
+    """Print a recipe."""
+    print(recipe_files.text(name), end="")
+
+
+@recipes.command()
+def copy(name: RecipeName, to: Annotated[Path | None, Argument(help="File or folder. [dim]NAME.yaml[/]")] = None) -> None:
+    """Write a recipe to a file of your own."""
+    print(recipe_files.copy(name, to))
+
+
+@recipes.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from vitcli import recipe
+
+    print(jsons.dumps(recipe.json_schema(), indent=1))
+
+
+@recipes.command()
+def keys() -> None:
+    """Every key of a recipe, with its type, default and meaning."""
+    from vitcli import recipe
+
+    for key in recipe.keys():
+        print(f"{key.dotted:<30} {key.kind:<40} {key.description}")
+
+
+def _train(recipe: Recipe, text: str, name: str, path: Path | None, json: bool, trained: Trained | None = None) -> None:
+    """Train in a new run folder."""
+    from vitcli import recipe as loader
+    from vitcli import run as runs
+    from vitcli.report.progress import Progress
+    from vitcli.train import fit
+
+    run = runs.create(name, path)
+    run.write("recipe.yaml", text)
+    run.write("recipe.resolved.yaml", loader.dump(recipe))
+    err.print(f"run folder {run.path}", highlight=False)
+    _finish(fit(recipe, run, Progress(err, run.path / "train.log"), trained), json)
+
+
+def _resume(path: Path, json: bool) -> None:
+    """Train on in an old run folder."""
+    from vitcli import recipe as loader
+    from vitcli import run as runs
+    from vitcli.report.progress import Progress
+    from vitcli.train import fit
+
+    resolved = path / "recipe.resolved.yaml"
+    if not resolved.is_file():
+        raise CheckpointError(f"{path} is not a run folder: it has no {resolved.name}", "--resume takes a folder under runs/")
+    run = runs.Run(path)
+    _finish(fit(loader.load(resolved), run, Progress(err, run.path / "train.log")), json)
+
+
+def _finish(outcome: Outcome, json: bool) -> None:
+    """Say how training ended, and what to type next."""
+    if outcome.signal:
+        _print_error(f"stopped by signal {outcome.signal} after step {outcome.step} of {outcome.steps}, which is saved")
+        err.print(f"hint: vit pretrain --resume {outcome.run}", highlight=False, soft_wrap=True)
+        raise typer.Exit(128 + outcome.signal)
+    facts = {**asdict(outcome), "run": str(outcome.run)}
+    best = "no evaluation" if outcome.best_score is None else f"best top-1 {outcome.best_score:.2%} at step {outcome.best_step}"
+    text = f"{outcome.run}: {outcome.steps} steps in {outcome.seconds:.0f} s, {best}\nnext: vit export --onnx --ckpt {outcome.run}"
+    print(jsons.dumps(facts) if json else text)
+
+
+def _refuse_with_resume(**given: object) -> None:
+    for name, value in given.items():
+        if value:
+            shown = "a recipe" if name == "recipe" else f"--{name}"
+            raise RecipeError(f"{shown} does not go with --resume: a run keeps its recipe", "start a new run instead")
+
+
+def _print_plan(recipe: Recipe, json: bool) -> None:
+    from vitcli.plan import plan
+
+    made: Plan = plan(recipe)
+    hours = made.seconds / 3600
+    lines = [
+        f"model       {recipe.model.variant or 'custom'}, {made.parameters / 1e6:,.2f} M parameters, {made.classes:,} classes",
+        f"image       {recipe.data.res[0]}x{recipe.data.res[1]}, {made.tokens} tokens, {made.gflops:,.2f} GFLOPs forward",
+        f"training    {made.steps:,} steps of {recipe.batch:,} images, {made.epochs:.4g} epochs of {made.images:,}",
+        f"memory      about {made.memory / 2**30:,.1f} GiB for {recipe.runtime.micro_batch or recipe.batch:,} images at a time",
+        f"time        about {f'{hours:,.1f} h' if hours > 1 else f'{made.seconds:,.0f} s'} on {made.device}",
+    ]
+    print(jsons.dumps(asdict(made)) if json else "\n".join(lines))
+
+
+def _source(data: str) -> dict[str, Any]:
+    """What --data means: a folder, or a source that needs no settings."""
+    return {"name": "digits"} if data == "digits" and not Path(data).exists() else {"name": "folder", "path": data}
+
+
+def _images_to_score(ckpt: Path, data: str | None) -> Dataset:
+    """The images of --data, or else those that the run holds out."""
+    from vitcli import checkpoint
+    from vitcli.data.sources.digits import Digits
+    from vitcli.data.sources.folder import Folder
+
+    if data is not None:
+        found = _source(data)
+        return Digits().open("val") if found["name"] == "digits" else Folder(path=data).open_for_scoring()
+    trained = None if ckpt.suffix == ".onnx" else checkpoint.load(ckpt)
+    if trained is None or trained.recipe is None:
+        raise DataError("no --data given", f"{ckpt} does not say what it was trained on: --data FOLDER")
+    return trained.recipe.data.source.open("val")
+
+
+def _own_images(trained: Trained) -> list[Any] | None:
+    """Some of the run's own validation images, or None where they are not at hand."""
+    if trained.recipe is None:
+        return None
+    try:
+        dataset = trained.recipe.data.source.open("val")
+        return [dataset.image(index) for index in range(0, len(dataset), max(1, len(dataset) // 64))]
+    except DataError:
+        return None
+
+
+def _newest() -> Path:
+    from vitcli import run
+
+    path = run.newest_finished()
+    err.print(f"using {path}", highlight=False)
+    return path
+
+
+def _answer(json: bool, as_json: Any, as_table: Any, as_lines: Any) -> None:
+    """The answer in the form that fits: JSON if asked, a table on a terminal, plain lines elsewhere."""
+    if json:
+        print(as_json())
+    elif out.is_terminal:
+        out.print(as_table())
+    else:
+        for line in as_lines():
+            print(line)
+
+
+def _print_error(message: str) -> None:
+    err.print(f"[bold red]error:[/] {''.join(message).replace('[', chr(92) + '[')}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """The console command: runs a command, and turns every expected failure into one error line and an exit code."""
+    if os.environ.get("VIT_DEBUG"):
+        app()
+        return
+    code = 1
+    try:
+        code = app(standalone_mode=False) or 0
+    except UserError as error:
+        _print_error(str(error))
+        if error.hint:
+            err.print(f"hint: {error.hint}", highlight=False, markup=False, soft_wrap=True)
+        code = error.exit_code
+    except typer.Exit as exit_:
+        code = exit_.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)

@@ -1,0 +1,147 @@
+"""Samples made in other processes, in order.
+
+The processes are forked from a server that imports torch once and knows neither the caller's device nor its threads
+(`forkserver`): a fork of the caller itself would copy both in an undefined state. They leave SIGINT and SIGTERM to
+the caller, which decides when to stop, and die with it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
+
+from vitcli.errors import DataError
+
+# The image uint8 (3, h, w) or None, its label, and what was broken: index, path, reason.
+Sample = tuple[Tensor | None, int, list[tuple[int, str, str]]]
+
+
+class Part(TypedDict):
+    """Samples as a batch; those without an image are only in `bad`."""
+
+    images: Tensor
+    labels: Tensor
+    bad: list[tuple[int, str, str]]
+
+
+def load(
+    sample: Callable[[Any], Sample], res: tuple[int, int], positions: Iterable[list[Any]], workers: int
+) -> Generator[Part, None, None]:
+    """`sample` of each position, in parts as `positions` gives them; in this process if `workers` is 0.
+
+    `sample` goes to other processes by pickle. Raises DataError if one of them is killed. Close the iterator.
+    """
+    source = _Source(sample, res)
+    if not workers:
+        yield from map(source.__getitems__, positions)
+        return
+    start_server()
+    with warnings.catch_warnings(action="ignore"):  # torch's opinion of the number of workers
+        loader = DataLoader(
+            source,  # pyright: ignore[reportArgumentType] (a map-style data set needs no more than __getitems__)
+            batch_sampler=positions,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_settle,
+            multiprocessing_context=_method(),
+            generator=torch.Generator(),  # else it draws from the global one
+        )
+        iterator = iter(loader)
+    close = partial(_close, iterator)
+    atexit.register(close)  # before multiprocessing's own, which would wait for the workers
+    try:
+        yield from _parts(iterator)
+    finally:
+        atexit.unregister(close)
+        close()
+
+
+def start_server() -> None:
+    """Begin to start the process that the workers are forked from; it takes as long as importing torch."""
+    if _method() != "forkserver":
+        return
+    from multiprocessing import forkserver, resource_tracker
+
+    resource_tracker.ensure_running()  # it would unblock the signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        multiprocessing.set_forkserver_preload(["vitcli.data.loader"])
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Source:
+    """What a worker holds, as torch's data sets look."""
+
+    def __init__(self, sample: Callable[[Any], Sample], res: tuple[int, int]):
+        self.sample, self.res = sample, res
+
+    def __getitems__(self, positions: list[Any]) -> Part:
+        samples = [self.sample(position) for position in positions]
+        made = [(image, label) for image, label, _ in samples if image is not None]
+        images = torch.empty((len(made), 3, *self.res), dtype=torch.uint8)
+        for to, (image, _) in zip(images, made, strict=True):
+            to.copy_(image)
+        if get_worker_info():
+            images.share_memory_()  # here, where a failure reaches the caller; torch would do it in a thread
+        labels = torch.tensor([label for _, label in made], dtype=torch.int64)
+        return Part(images=images, labels=labels, bad=[bad for *_, found in samples for bad in found])
+
+
+def _parts(iterator: Iterator[Part]) -> Iterator[Part]:
+    try:
+        yield from iterator
+    except RuntimeError as error:
+        if str(error).startswith("DataLoader worker (pid"):
+            raise DataError(
+                "a loader process was killed, perhaps for want of memory", "take fewer: --set data.workers=2, or 0"
+            ) from error
+        if "No space left on device" in str(error):
+            raise DataError(
+                "the loader processes need more shared memory than /dev/shm has",
+                "enlarge it (docker run --shm-size=8g), or load in one process: --set data.workers=0",
+            ) from error
+        raise
+
+
+def _settle(worker: int) -> None:
+    """The first act of a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
+
+
+def _close(iterator: Any) -> None:
+    """End the workers. torch asks them to, then sends SIGTERM, which they ignore; a hung one must be killed."""
+    iterator._shutdown_workers()
+    for process in iterator._workers:
+        if process.is_alive():
+            process.kill()
+
+
+def _method() -> str:
+    return "spawn" if sys.platform == "win32" else "forkserver"
+
+
+def _as_it_is(part: Any) -> Any:
+    return part
