@@ -1,6 +1,7 @@
 import os
 from pathlib import Path
 
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
@@ -15,3 +16,11 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip(f"golden files and real data are not at {path}; set VITCLI_SHARED to their folder")
     return path
+
+
+@pytest.fixture
+def unchecked():
+    """Leaves the shapes unchecked: torch.compile cannot trace the checks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -88,7 +88,6 @@ def save_training(
     average: optim.Average | None,
     recipe: Recipe,
     classes: tuple[str, ...],
-    environment: dict[str, Any],
 ) -> None:
     """Write a checkpoint to resume from."""
     from safetensors.torch import save_file
@@ -100,7 +99,7 @@ def save_training(
         if average:
             tensors |= {f"average/{name}": tensor for name, tensor in average.tensors.items()}
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, place / "training.safetensors")
-        (place / "state.json").write_text(json.dumps({"position": asdict(position), "environment": environment}, indent=1))
+        (place / "state.json").write_text(json.dumps(asdict(position), indent=1))
 
     storage.write_folder(folder / f"step_{position.step:08d}", write)
 
@@ -118,11 +117,6 @@ def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
     return None, passed
 
 
-def environment_of(folder: Path) -> dict[str, Any]:
-    """What the numbers of the run depended on besides its recipe (Runtime.describe)."""
-    return json.loads((folder / "state.json").read_text())["environment"]
-
-
 def resume(
     folder: Path, module: ObjectiveModule, optimizer: torch.optim.Optimizer, average: optim.Average | None
 ) -> Position:
@@ -130,7 +124,7 @@ def resume(
     from safetensors.torch import load_file
 
     tensors = load_file(folder / "training.safetensors")
-    own = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    own = load_file(folder / "model.safetensors")
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -140,7 +134,7 @@ def resume(
     if average:
         for name, tensor in part("average/").items():
             average.tensors[name].copy_(tensor)
-    return Position(**json.loads((folder / "state.json").read_text())["position"])
+    return Position(**json.loads((folder / "state.json").read_text()))
 
 
 def prune(checkpoints: Path, keep_last: int, keep_every: int | None) -> None:

@@ -34,6 +34,7 @@ recipes = typer.Typer(help="The recipes that come with vitcli.", no_args_is_help
 app.add_typer(recipes, name="recipes", rich_help_panel="Look")
 
 out, err = Console(), Console(stderr=True)
+UsageError = typer.BadParameter.__mro__[2]  # of all mistakes of usage; typer 0.29 has a copy of click's of its own
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 RESULT, TRAIN, INPUT = "Result", "Training", "Input"
@@ -333,11 +334,12 @@ def _train(recipe: Recipe, text: str, name: str, path: Path | None, json: bool, 
     from vitcli.report.progress import Progress
     from vitcli.train import fit
 
-    run = runs.create(name, path)
-    run.write("recipe.yaml", text)
-    run.write("recipe.resolved.yaml", loader.dump(recipe))
-    err.print(f"run folder {run.path}", highlight=False)
-    _finish(fit(recipe, run, Progress(err, run.path / "train.log"), trained), json)
+    with runs.create(name, path) as run:
+        run.write("recipe.yaml", text)
+        run.write("recipe.resolved.yaml", loader.dump(recipe))
+        err.print(f"run folder {run.path}", highlight=False)
+        outcome = fit(recipe, run, Progress(err, run.path / "train.log"), trained)
+    _finish(outcome, json)
 
 
 def _resume(path: Path, json: bool) -> None:
@@ -350,8 +352,10 @@ def _resume(path: Path, json: bool) -> None:
     resolved = path / "recipe.resolved.yaml"
     if not resolved.is_file():
         raise CheckpointError(f"{path} is not a run folder: it has no {resolved.name}", "--resume takes a folder under runs/")
-    run = runs.Run(path)
-    _finish(fit(loader.load(resolved), run, Progress(err, run.path / "train.log")), json)
+    recipe = loader.load(resolved)
+    with runs.Run(path) as run:
+        outcome = fit(recipe, run, Progress(err, run.path / "train.log"))
+    _finish(outcome, json)
 
 
 def _finish(outcome: Outcome, json: bool) -> None:
@@ -455,9 +459,13 @@ def main() -> None:
         if error.hint:
             err.print(f"hint: {error.hint}", highlight=False, markup=False, soft_wrap=True)
         code = error.exit_code
-    except typer.Exit as exit_:
-        code = exit_.exit_code
-    except KeyboardInterrupt:
+    except typer.Exit as ended:
+        code = ended.exit_code
+    except UsageError as error:
+        _print_error(error.format_message())
+        err.print("hint: vit COMMAND --help shows what it takes", highlight=False, markup=False)
+        code = error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
         code = 130
     except BrokenPipeError:
         with suppress(OSError):

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -87,7 +88,7 @@ def open_predictor(
 
 def torch_predictor(trained: checkpoint.Trained, device: Literal["auto", "cpu", "cuda", "mps"]) -> TorchPredictor:
     """A trained model, moved to the device, as a predictor in fp32."""
-    started = runtime.start(RuntimeConfig(device=device, precision="fp32", compile=False))
+    started = runtime.start(RuntimeConfig.parse({"device": device, "precision": "fp32", "compile": False}))
     started.prepare(trained.model)
     return TorchPredictor(trained.model, trained.classes, trained.preprocessing, started, trained.origin)
 
@@ -124,7 +125,7 @@ def score(
     dataset: Dataset,
     *,
     batch: int,
-    workers: int = 0,
+    workers: int | None = None,
     allow_bad: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> Scores:
@@ -138,22 +139,25 @@ def score(
     images = top1 = top5 = top1_seen = 0
     loss, waiting, bad = 0.0, 0.0, []
     begin = asked = time.monotonic()
-    for part in eval_batches(predictor.preprocessing, dataset, batch=batch, workers=workers):
-        waiting += time.monotonic() - asked
-        bad += part.get("bad", ())
-        if bad and not allow_bad:
-            raise DataError(str(bad[0]), "mend or remove it, or leave such images out of the score with --allow-bad")
-        labels = columns[part["labels"]]
-        logits = _finite(predictor, part["images"])
-        loss += F.cross_entropy(logits.double(), labels, reduction="sum").item()
-        place = rank(logits, labels)
-        top1 += int((place < 1).sum())
-        top5 += int((place < 5).sum())
-        top1_seen += int((rank(logits[:, seen], torch.searchsorted(seen, labels)) < 1).sum())
-        images += len(labels)
-        if on_batch:
-            on_batch(images + len(bad))
-        asked = time.monotonic()
+    loaded = eval_batches(predictor.preprocessing, dataset, batch=batch, workers=workers)
+    with closing(loaded) as batches:  # pyright: ignore[reportArgumentType] (a generator, which ends its processes)
+        for part in batches:
+            waiting += time.monotonic() - asked
+            bad += part.get("bad", [])
+            if bad and not allow_bad:
+                raise DataError(str(bad[0]), "mend or remove it, or leave such images out with --allow-bad")
+            if len(part["labels"]):
+                labels = columns[part["labels"]]
+                logits = _finite(predictor, part["images"])
+                place = rank(logits, labels)
+                images += len(labels)
+                loss += F.cross_entropy(logits.double(), labels, reduction="sum").item()
+                top1 += int((place < 1).sum())
+                top5 += int((place < 5).sum())
+                top1_seen += int((rank(logits[:, seen], torch.searchsorted(seen, labels)) < 1).sum())
+            if on_batch:
+                on_batch(images + len(bad))
+            asked = time.monotonic()
     if not images:
         raise DataError("no image to score", f"{len(bad)} could not be read" if bad else "")
     return Scores(
@@ -171,7 +175,7 @@ def score(
 
 
 def rank(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many classes come before the label's, (b, classes) and (b,) -> (b,). Of equals the lower index comes first."""
+    """How many classes come before the label's, of equals the lower index first: (b, classes), (b,) -> (b,)."""
     own = logits.gather(1, labels[:, None])
     lower = torch.arange(logits.shape[1]) < labels[:, None]
     return ((logits > own) | ((logits == own) & lower)).sum(1)
@@ -242,11 +246,11 @@ def predict(predictor: Predictor, paths: Sequence[str], *, top: int = 5, batch: 
 
     def load(path: str) -> Tensor | BadImage:
         try:
-            return prepare(decode(Path(path)), predictor.preprocessing)
+            return prepare(decode(path), predictor.preprocessing)
         except BadImage as error:
             return error
 
-    chunks = [paths[first : first + batch] for first in range(0, len(paths), batch)]
+    chunks = [paths[first : first + batch] for first in range(0, max(1, len(paths)), batch)]
     with ThreadPoolExecutor() as pool:
         ahead = pool.map(load, chunks[0])
         for chunk, following in zip(chunks, [*chunks[1:], []], strict=True):

@@ -31,25 +31,26 @@ def lines(mistakes: list[Mistake]) -> str:
 def explain(error: ValidationError, schema: type[Schema], tree: Tree) -> list[Mistake]:
     """Pydantic's findings about a tree, each at its place, without those that only follow from others."""
     found: list[Mistake] = []
-    missing: dict[Path, list[str]] = {}
     unwritten: list[Mistake] = []
-    meant: set[Path] = set()  # sections for which an unknown key was meant
+    missing: dict[Path, list[str]] = {}
+    meant: set[Path] = set()  # sections for which an unknown key may have been meant
     problems: list[Any] = error.errors(include_url=False)
     for problem in problems:
         path, kind = _path(problem["loc"], tree.data), problem["type"]
+        if kind == "union_tag_invalid" and isinstance(_at(tree.data, path), dict):
+            path = (*path, "name")
         if kind == "recipe":
             path += tuple(problem["ctx"]["key"].split("."))
             found.append(Mistake(path, tree.place(path), problem["ctx"]["message"]))
         elif kind == "extra_forbidden":
-            near, message = _unknown(schema, path, tree.data)
-            meant |= {near[:-1]} if near else set()
+            sections, message = _unknown(schema, path, tree.data)
+            meant |= sections
             found.append(Mistake(path, tree.place(path, key=True), message))
+        elif kind == "union_tag_not_found" and (typo := difflib.get_close_matches("name", _at(tree.data, path), 1)):
+            at = (*path, typo[0])
+            found.append(Mistake(at, tree.place(at, key=True), "unknown key (did you mean name?)"))
         elif kind == "union_tag_not_found":
-            section = _at(tree.data, path)
-            typo = difflib.get_close_matches("name", section, 1)
-            at = (*path, typo[0]) if typo else path
-            message = "unknown key (did you mean name?)" if typo else f"name is missing: {_choices(schema, path)}"
-            found.append(Mistake(at, tree.place(at, key=True), message))
+            missing[path] = ["name"]
         elif kind == "missing" and not isinstance(path[-1], int):
             missing.setdefault(path[:-1], []).append(str(path[-1]))
         else:
@@ -67,8 +68,7 @@ def _path(loc: tuple[str | int, ...], data: Any) -> Path:
     for part in loc:
         if _has(data, part):
             data = data[part]
-        elif part == data or (isinstance(data, dict) and part == data.get("name")):
-            data = data if isinstance(data, dict) else {"name": data}
+        elif isinstance(part, str) and part in (data, data.get("name") if isinstance(data, dict) else None):
             continue
         else:
             data = None
@@ -118,32 +118,32 @@ def _key(schema: type[Schema], path: Path, data: Any) -> Key:
     return Key((), "keys and values", None, True, "", "")
 
 
-def _unknown(schema: type[Schema], path: Path, data: Any) -> tuple[Path, str]:
-    """The key that was probably meant, and what to say of an unknown one."""
+def _unknown(schema: type[Schema], path: Path, data: Any) -> tuple[set[Path], str]:
+    """The sections for which an unknown key may have been meant, and what to say of it."""
     section, name = path[:-1], str(path[-1])
     here = list(dict.fromkeys(str(key.path[-1]) for key in _fields(schema, section, data)))
-    there = [key for key in _table(schema) if key.path[-1] == name]
-    near = difflib.get_close_matches(name.lower().replace("-", "_")[:60], here, 1, cutoff=0.5)
-    if there:
-        return there[0].path, f"unknown key here (it is {min(there, key=lambda key: len(key.path)).dotted})"
-    if near:
-        return (*section, near[0]), f"unknown key (did you mean {near[0]}?)"
-    return (), f"unknown key; there is {', '.join(here)}" if here else "unknown key"
-
-
-def _choices(schema: type[Schema], section: Path) -> str:
-    return " or ".join(key.choice for key in _table(schema) if key.path == (*section, "name"))
+    if there := [key for key in _table(schema) if key.path[-1] == name]:
+        nearest = min(there, key=lambda key: len(key.path))
+        return {key.path[:-1] for key in there}, f"unknown key here (it is {nearest.dotted})"
+    if near := difflib.get_close_matches(name.lower().replace("-", "_")[:60], here, 1, cutoff=0.5):
+        return {section}, f"unknown key (did you mean {near[0]}?)"
+    return set(), f"unknown key; there is {', '.join(here)}" if here else "unknown key"
 
 
 def _missing(schema: type[Schema], section: Path, names: list[str], tree: Tree) -> Mistake:
     """One line for all the keys that a section lacks."""
-    place = tree.place(section, key=True)
-    hint = ""
-    if "variant" in {key.path[-1] for key in _fields(schema, section, tree.data)} and "width" in names:
+    place, hint = tree.place(section, key=True), ""
+    if names == ["name"]:
+        hint = f": {_choices(schema, section)}"
+    elif "width" in names and (*section, "variant") in [key.path for key in _table(schema)]:
         hint = " (variant, such as B/16, gives them all)"
     if len(names) == 1:
         return Mistake((*section, names[0]), place, f"missing{hint}")
     return Mistake(section, place, f"{', '.join(names)} are missing{hint}")
+
+
+def _choices(schema: type[Schema], section: Path) -> str:
+    return " or ".join(key.choice for key in _table(schema) if key.path == (*section, "name"))
 
 
 _BOUNDS = {
@@ -162,10 +162,9 @@ def _value(problem: Any, schema: type[Schema], path: Path, tree: Tree) -> str:
         return f"must be {words} {problem['ctx'][bound]}, got {shown(got)}"
     if kind == "value_error":
         return str(problem["ctx"]["error"])
+    got, expected = _at(tree.data, key.path), key.kind
     if kind == "union_tag_invalid":
-        got, expected = problem["ctx"]["tag"], _choices(schema, path)
-    else:
-        got, expected = _at(tree.data, key.path), key.kind
+        expected = _choices(schema, path[:-1] if path[-1] == "name" else path)
     return f"expected {expected}, got {shown(got)}{_advice(got, expected)}"
 
 

@@ -14,7 +14,7 @@ from pydantic import Field, PositiveInt, ValidationError, model_validator
 from pydantic.json_schema import GenerateJsonSchema
 
 from vitcli import mistakes, recipe_files, schema, yaml_tree
-from vitcli.data import Augment, DataConfig
+from vitcli.data import DataConfig
 from vitcli.errors import RecipeError
 from vitcli.model import ViTConfig
 from vitcli.objectives import AnyObjective
@@ -53,30 +53,10 @@ class Recipe(Schema):
             self.model.grid(self.data.res)
         except ValueError as error:
             raise wrong("data.res", str(error)) from None
-        _check_data(self.data)
         _check_optim(self.optim, self.epochs, self.steps)
         if (self.runtime.micro_batch or 0) > self.batch:
             raise wrong("runtime.micro_batch", f"{self.runtime.micro_batch} is more than batch: {self.batch}")
         return self
-
-
-def _check_data(data: DataConfig) -> None:
-    """Crops that no image can give, and settings of one crop beside another."""
-    augment, default = data.augment, {name: field.default for name, field in Augment.model_fields.items()}
-    if data.resize is not None and data.resize < max(data.res):
-        raise wrong("data.resize", f"{data.resize} is less than res: {max(data.res)}, so there is nothing to crop")
-    for key in ("area", "aspect"):
-        low, high = getattr(augment, key)
-        if not 0 < low <= high:
-            raise wrong(f"data.augment.{key}", f"expected two numbers above 0, the smaller first, got [{low}, {high}]")
-        if augment.crop != "inception_crop" and (low, high) != default[key]:
-            raise wrong(f"data.augment.{key}", f"has no effect with crop: {augment.crop}")
-    for key in ("resize", "pad"):
-        if augment.crop != "random_crop" and getattr(augment, key) != default[key]:
-            raise wrong(f"data.augment.{key}", f"has no effect with crop: {augment.crop}")
-    for side, res in zip(augment.resize or (), data.res, strict=False):
-        if side + 2 * augment.pad < res:
-            raise wrong("data.augment.resize", f"{side} with pad: {augment.pad} is less than res: {res}")
 
 
 def _check_optim(optim: OptimConfig, epochs: float | None, steps: int | None) -> None:
@@ -160,10 +140,11 @@ def check(tree: Tree) -> Recipe:
 
 def read(name_or_path: str | Path) -> Tree:
     """A recipe's YAML, before it is checked. Raises RecipeError where there is none."""
-    tree = yaml_tree.read(recipe_files.text(name_or_path), Place(recipe_files.find(name_or_path).as_posix(), 1, 1))
-    if not isinstance(tree.data, dict):
+    path = recipe_files.find(name_or_path)
+    tree = yaml_tree.read(recipe_files.text(path), Place(path.as_posix(), 1, 1))
+    if not isinstance(tree.data, dict | None):
         raise RecipeError(f"{tree.place(())}: expected keys and values, got {mistakes.shown(tree.data)}")
-    return tree
+    return Tree(tree.data or {}, tree.keys, tree.values, tree.mistakes)
 
 
 def _set(text: str) -> Tree:
@@ -193,17 +174,12 @@ def _over(upper: Tree, lower: Tree, replaces: Mapping[tuple[str, ...], tuple[str
 
 
 def _merge(upper: Any, lower: Any, path: tuple[str, ...], replaces: Mapping[tuple[str, ...], tuple[str, ...]]) -> Any:
-    if path in _CHOICES:  # a section of another kind shares nothing with this one
+    if path in _CHOICES:
         upper, lower = ({"name": part} if isinstance(part, str) else part for part in (upper, lower))
-        if (
-            isinstance(upper, dict)
-            and isinstance(lower, dict)
-            and "name" in upper
-            and upper["name"] != lower.get("name")
-        ):
-            return upper
     if not isinstance(upper, dict) or not isinstance(lower, dict):
         return upper
+    if path in _CHOICES and {"name"} <= upper.keys() & lower.keys() and upper["name"] != lower["name"]:
+        return upper  # a section of another kind shares nothing with this one
     gone = {name for key in upper if upper[key] is not None for name in replaces.get((*path, key), ())}
     merged = {key: value for key, value in lower.items() if key not in gone}
     for key, value in upper.items():

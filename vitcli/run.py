@@ -21,7 +21,7 @@ RUNS = Path("runs")
 
 
 class Run:
-    """A run folder that this process owns until it ends. Raises LockedError if another one does."""
+    """A run folder that this process owns until it leaves the `with`. Raises LockedError if another one does."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -31,6 +31,7 @@ class Run:
         except OSError:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "another process"
+            self._lock.close()
             raise LockedError(f"{path} is in use by {owner}", "wait for it, or choose another folder with --run") from None
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -38,6 +39,12 @@ class Run:
         self.checkpoints.mkdir(exist_ok=True)
         storage.sweep(path)
         storage.sweep(self.checkpoints)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
 
     @property
     def checkpoints(self) -> Path:
@@ -52,6 +59,11 @@ class Run:
     def write(self, name: str, text: str) -> None:
         """Write a small file of the run folder, whole or not at all."""
         storage.write_file(self.path / name, text.encode())
+
+    def environment(self) -> dict[str, Any]:
+        """What the run's numbers depend on besides its recipe, as written when it began; {} for a new run."""
+        file = self.path / "env.json"
+        return json.loads(file.read_text()) if file.exists() else {}
 
     def log(self, **values: Any) -> None:
         """Append a line to metrics.jsonl."""

@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,9 +55,11 @@ def fit(recipe: Recipe, run: Run, progress: Progress, trained: Trained | None = 
     """
     begin = time.monotonic()
     found, passed = checkpoint.newest(run.checkpoints)
+    if passed and not found:
+        raise CheckpointError("; ".join(passed), "no checkpoint of this run is whole: start a new run")
     for reason in passed:
-        progress.note(f"warning: {reason}; using {found.name if found else 'none'}")
-    earlier = checkpoint.environment_of(found) if found else {}
+        progress.note(f"warning: {reason}; going on from {found}")
+    earlier = run.environment()
     runtime = runtimes.start(recipe.runtime, earlier)
 
     train_set, val_set = recipe.data.source.open("train"), recipe.data.source.open("val")
@@ -101,11 +103,11 @@ def fit(recipe: Recipe, run: Run, progress: Progress, trained: Trained | None = 
 
     def save() -> None:
         position.sums, position.log_bytes = meter.values(), run.log_size()
-        checkpoint.save_training(run.checkpoints, position, module, optimizer, average, recipe, classes, environment)
+        checkpoint.save_training(run.checkpoints, position, module, optimizer, average, recipe, classes)
         checkpoint.prune(run.checkpoints, recipe.keep_last, recipe.keep_every)
 
     meter = _Meter(position.sums)
-    saved = position.step
+    saved = position.step if found else -1
     batches = train_batches(
         recipe.data, train_set, batch=recipe.batch, seed=recipe.seed, start=position.step, steps=steps
     )
@@ -113,11 +115,9 @@ def fit(recipe: Recipe, run: Run, progress: Progress, trained: Trained | None = 
         module.train()
         while True:
             if _due(position.step, eval_every, steps) and position.scored_step < position.step:
-                try:
+                with suppress(_Stopped):  # the checkpoint then says that this score is still owed
                     evaluate()
-                except _Stopped:
-                    pass  # the checkpoint says that this score is still owed
-            if saved < position.step and (stop.signal or _due(position.step, save_every, steps)):
+            if saved < position.step and (position.step == 0 or stop.signal or _due(position.step, save_every, steps)):
                 save()
                 saved = position.step
             if stop.signal or position.step == steps:

@@ -53,11 +53,20 @@ class Tree:
     mistakes: tuple[Mistake, ...] = ()
 
     def place(self, path: Path, *, key: bool = False) -> Place:
-        """Where a value, or its key, is written; for one that nobody wrote, where its section is."""
+        """Where a value, or its key, is written.
+
+        For a section that only its keys are written of, where the first of them is; for what nobody wrote, where its
+        section is.
+        """
         places = self.keys if key else self.values
-        while path not in places and path:
+        while path and path not in places and isinstance(path[-1], int):
+            path = path[:-1]  # an item of a list that is written as one value
+        while path not in places:
+            for below, place in self.keys.items():
+                if below[: len(path)] == path:
+                    return place
             path, places = path[:-1], self.keys
-        return places.get(path) or self.values[()]
+        return places[path]
 
 
 def plain(data: Any, place: Place, path: Path = ()) -> Tree:
@@ -137,7 +146,7 @@ class _Reader:
         next(self.events)  # the stream
         start = next(self.events)
         if isinstance(start, yaml.StreamEndEvent):
-            return Tree({}, {(): self.origin}, {(): self.origin})
+            return Tree(None, {(): self.origin}, {(): self.origin})
         if start.version or start.tags:
             self.stop(start, "directives (%) are not used in a recipe")
         data = self.node(next(self.events), ())
@@ -154,8 +163,10 @@ class _Reader:
             self.stop(event, f"more than {MAX_VALUES} values")
         if len(path) > MAX_DEPTH:
             self.stop(event, f"more than {MAX_DEPTH} levels")
-        self.values[path] = self.at(event)
-        self.keys.setdefault(path, self.values[path])
+        place = self.at(event)
+        block = isinstance(event, yaml.CollectionStartEvent) and not event.flow_style
+        self.values[path] = self.keys.setdefault(path, place) if block else place
+        self.keys.setdefault(path, place)
         if isinstance(event, yaml.AliasEvent):
             self.wrong(path, event, f"aliases (*{event.anchor}) are not used in a recipe")
             return None

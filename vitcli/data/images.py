@@ -6,6 +6,7 @@ floating point is read as 0 to 1; colour profiles are ignored; of an animation t
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 import threading
@@ -35,6 +36,8 @@ _UPRIGHT = {
 }
 _ORIENTATION = 0x0112
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs, BadImage says
 
 
 class BadImage(DataError):  # noqa: N818 (it names the image, too)

@@ -104,17 +104,18 @@ class _Source:
 def _parts(iterator: Iterator[Part]) -> Iterator[Part]:
     try:
         yield from iterator
-    except RuntimeError as error:
-        if str(error).startswith("DataLoader worker (pid"):
-            raise DataError(
-                "a loader process was killed, perhaps for want of memory", "take fewer: --set data.workers=2, or 0"
-            ) from error
+    except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
         if "No space left on device" in str(error):
             raise DataError(
                 "the loader processes need more shared memory than /dev/shm has",
                 "enlarge it (docker run --shm-size=8g), or load in one process: --set data.workers=0",
             ) from error
-        raise
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
+            raise
+        # Whoever dies while it hands over a part is noticed by the broken connection first.
+        raise DataError(
+            "a loader process was killed, perhaps for want of memory", "take fewer: --set data.workers=2, or 0"
+        ) from error
 
 
 def _settle(worker: int) -> None:
@@ -137,6 +138,7 @@ def _close(iterator: Any) -> None:
     for process in iterator._workers:
         if process.is_alive():
             process.kill()
+            process.join()
 
 
 def _method() -> str:

@@ -87,7 +87,8 @@ def _packages() -> Iterator[Finding]:
         elif not name.startswith("onnxruntime") or name in either:
             yield Finding("packages", name, f"missing: pip install {name}", ok=False)
     if len(either) == 2:
-        yield Finding("packages", "onnxruntime", "both builds are installed and overwrite one another: pip uninstall onnxruntime", ok=False)
+        value = "beside onnxruntime-gpu it overwrites its files: pip uninstall onnxruntime"
+        yield Finding("packages", "onnxruntime", value, ok=False)
 
 
 def _torch() -> Iterator[Finding]:
@@ -141,4 +142,5 @@ def _providers() -> Iterator[Finding]:
             reason, remedy = answer
             # Nothing of vitcli asks for TensorRT or a provider of other hardware.
             needed = provider == "CPUExecutionProvider" or (provider == "CUDAExecutionProvider" and bool(_driver()))
-            yield Finding("onnxruntime", item, f"does not load: {reason}" + (f"; {remedy}" if remedy else ""), ok=not needed)
+            value = f"does not load: {reason}" + (f"; {remedy}" if remedy else "")
+            yield Finding("onnxruntime", item, value, ok=not needed)

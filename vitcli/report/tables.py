@@ -91,8 +91,7 @@ def scores_json(scores: Scores, model: str) -> str:
 def findings_lines(findings: Iterable[Finding]) -> Iterator[str]:
     """A line each: section, item, value, with tabs between; what is wrong is marked."""
     for finding in findings:
-        mark = "" if finding.ok else "PROBLEM: "
-        yield f"{finding.section}\t{finding.item}\t{mark}{printable(finding.value)}"
+        yield f"{finding.section}\t{finding.item}\t{_marked(finding)}"
 
 
 def findings_table(findings: Iterable[Finding]) -> Table:
@@ -103,7 +102,7 @@ def findings_table(findings: Iterable[Finding]) -> Table:
         shown = "" if finding.section == section else finding.section
         section = finding.section
         style = "" if finding.ok else "red"
-        table.add_row(Text(shown, style="bold"), Text(finding.item), Text(printable(finding.value), style=style))
+        table.add_row(Text(shown, style="bold"), Text(finding.item), Text(_marked(finding), style=style))
     return table
 
 
@@ -111,6 +110,10 @@ def findings_json(findings: Iterable[Finding]) -> str:
     """The findings as one JSON object; `ok` says whether none is a problem."""
     entries = [finding._asdict() for finding in findings]
     return to_json({"ok": all(entry["ok"] for entry in entries), "findings": entries})
+
+
+def _marked(finding: Finding) -> str:
+    return ("" if finding.ok else "PROBLEM: ") + printable(finding.value)
 
 
 def _answer(answer: Answer) -> dict[str, Any]:
@@ -122,8 +125,8 @@ def _answer(answer: Answer) -> dict[str, Any]:
 
 def _csv_line(cells: Iterable[str]) -> str:
     line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow([_cell(cell) for cell in cells])
-    return line.getvalue()
+    csv.writer(line, lineterminator="\r\n").writerow([_cell(cell) for cell in cells])  # it quotes these two in a cell
+    return line.getvalue().removesuffix("\r\n")
 
 
 def _cell(text: str) -> str:

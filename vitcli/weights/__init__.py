@@ -79,7 +79,11 @@ def _read(tensors: Tensors, heads: int | None) -> Foreign:
         raise CheckpointError(
             f"its tensors are those of no known format: {_some(tensors)}", f"known formats: {', '.join(formats)}"
         )
-    return formats[found[0]].read(tensors, heads)
+    try:
+        return formats[found[0]].read(tensors, heads)
+    except (RuntimeError, IndexError) as error:  # torch cannot bring a tensor into its place
+        what = str(error).partition("\n")[0]
+        raise CheckpointError(f"a tensor of what looks like a {found[0]} file has a wrong shape: {what}") from error
 
 
 def _check(foreign: Foreign, rest: Tensors, heads: int | None) -> None:
@@ -101,7 +105,7 @@ def _check(foreign: Foreign, rest: Tensors, heads: int | None) -> None:
             raise CheckpointError(f"{name} has shape {tuple(value.shape)}, expected {expected[name]}")
         if not value.is_floating_point():
             raise CheckpointError(f"{name} holds {value.dtype}, expected floating point")
-        if not value.isfinite().all():
+        if not value.float().isfinite().all():
             raise CheckpointError(f"{name} holds NaN or infinity")
 
 

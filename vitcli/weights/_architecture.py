@@ -1,5 +1,7 @@
 """What the shapes of a ViT's tensors, under our names, tell about it."""
 
+import re
+from collections import Counter
 from math import isqrt
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ from vitcli.errors import CheckpointError
 from vitcli.model import SIZES, ResNetStem, ViTConfig
 
 State = dict[str, Tensor]
+UNIT = r"stages\.(\d{1,3})\.blocks\.(\d{1,3})\."
 
 
 class Architecture(NamedTuple):
@@ -109,7 +112,7 @@ def _stem(state: State) -> ResNetStem | None:
     prefix = "patch_embed.backbone."
     if prefix + "stem.conv.weight" not in state:
         return None
-    units = sorted({tuple(name.split(".")[3:6:2]) for name in state if name.startswith(prefix + "stages.")})
-    stages = sorted({stage for stage, _ in units})
-    layers = tuple(sum(stage == other for other, _ in units) for stage in stages)
+    units = {found.groups() for name in state if (found := re.match(re.escape(prefix) + UNIT, name))}
+    stages = Counter(int(stage) for stage, _ in units)
+    layers = tuple(stages[stage] for stage in sorted(stages))
     return ResNetStem(layers=layers, width=_shape(state, prefix + "stem.conv.weight", 4)[0])

@@ -76,7 +76,7 @@ def _layer(tensors: Tensors, theirs: str, ours: str) -> dict[str, Tensor]:
             f"{ours}.bias": tensors.take(f"{theirs}/bias").flatten(),
         }
     kernel = tensors.take(f"{theirs}/kernel")
-    layer = {f"{ours}.weight": kernel.permute(3, 2, 0, 1) if kernel.ndim == 4 else kernel.mT}
+    layer = {f"{ours}.weight": kernel.permute(3, 2, 0, 1) if kernel.ndim == 4 else kernel.t()}
     if f"{theirs}/bias" in tensors:
         layer[f"{ours}.bias"] = tensors.take(f"{theirs}/bias")
     return layer
@@ -87,9 +87,9 @@ def _block(tensors: Tensors, theirs: str, names: tuple[str, ...], ours: str) -> 
     parts = [f"{attention}/{part}" for part in ("query", "key", "value")]
     return {
         **_layer(tensors, norm1, f"{ours}.norm1"),
-        f"{ours}.attn.qkv.weight": torch.cat([tensors.take(f"{part}/kernel").flatten(1).mT for part in parts]),
+        f"{ours}.attn.qkv.weight": torch.cat([tensors.take(f"{part}/kernel").flatten(1).t() for part in parts]),
         f"{ours}.attn.qkv.bias": torch.cat([tensors.take(f"{part}/bias").flatten() for part in parts]),
-        f"{ours}.attn.proj.weight": tensors.take(f"{attention}/out/kernel").flatten(0, 1).mT,
+        f"{ours}.attn.proj.weight": tensors.take(f"{attention}/out/kernel").flatten(0, 1).t(),
         f"{ours}.attn.proj.bias": tensors.take(f"{attention}/out/bias"),
         **_layer(tensors, norm2, f"{ours}.norm2"),
         **_layer(tensors, f"{mlp}/Dense_0", f"{ours}.mlp.fc1"),

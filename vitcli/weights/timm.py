@@ -4,6 +4,8 @@ The files tell neither heads nor preprocessing. Heads are guessed as `_architect
 of DeiT and of most of timm's models: 0.875 of the shorter side, bicubic, ImageNet's mean and deviation.
 """
 
+import re
+
 from vitcli.weights import Foreign, Tensors
 from vitcli.weights._architecture import infer
 
@@ -25,8 +27,9 @@ def matches(names: set[str]) -> bool:
 
 
 def read(tensors: Tensors, heads: int | None) -> Foreign:
-    """Weights as they are."""
-    state = dict(tensors)
+    """Weights as they are; a hybrid of the root alone keeps it one level higher than the others."""
+    root = re.compile(r"^patch_embed\.backbone\.(?=conv\.|norm\.)")
+    state = {root.sub("patch_embed.backbone.stem.", name): value for name, value in tensors.items()}
     tensors.clear()
     config, classes, image_size = infer(state, heads, gelu="exact", posemb_resize="bicubic")
     preprocessing = {

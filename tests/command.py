@@ -1,0 +1,75 @@
+"""How the tests use the commands: in this process where nothing is killed, as a process of its own where it is."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vitcli import cli
+
+# A ViT with every source of chance on, small enough for a step in milliseconds.
+TINY = (
+    "model={width: 32, depth: 2, mlp_dim: 64, heads: 2, patch: 2, dropout: 0.1, drop_path: 0.1}",
+    "data.augment={crop: random_crop, pad: 1, flip: true, mixup: 0.4, cutmix: 0.5, randaugment: {n: 1, m: 5}}",
+    "optim={lr: 2.0e-3, warmup_steps: 5, weight_decay: 0.05, ema: 0.9}",
+    "runtime={device: cpu, precision: fp32, threads: 1}",
+    "batch=32",
+)
+
+
+def sets(*values: str) -> list[str]:
+    """`--set` for each value."""
+    return [word for value in values for word in ("--set", value)]
+
+
+@dataclass(frozen=True)
+class Said:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+class Vit:
+    """`vit(...)` runs a command in this process, through the console script's own function."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+        self.capsys, self.monkeypatch = capsys, monkeypatch
+
+    def __call__(self, *args: object) -> Said:
+        self.monkeypatch.setattr(sys, "argv", ["vit", *map(str, args)])
+        self.capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = self.capsys.readouterr()
+        return Said(int(ended.value.code or 0), said.out, said.err)
+
+
+def process(*args: object, cwd: Path) -> subprocess.Popen[str]:
+    """A command as a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "vitcli", *map(str, args)],
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(started: subprocess.Popen[str]) -> Said:
+    """Wait for a process."""
+    out, err = started.communicate(timeout=300)
+    return Said(started.returncode, out, err)

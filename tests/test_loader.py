@@ -1,0 +1,276 @@
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitcli.data import DataConfig
+from vitcli.data.images import BadImage
+from vitcli.data.loader import CHUNK, epoch_steps, eval_batches, train_batches
+from vitcli.errors import DataError
+
+AUGMENT = {"randaugment": {"n": 2, "m": 10}, "color_jitter": 0.2, "random_erasing": 0.3}
+BROKEN = (3, 17)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two classes of 20 images, each of a colour of its own."""
+    root = tmp_path_factory.mktemp("data")
+    for label in range(2):
+        (root / f"class{label}").mkdir()
+        for i in range(20):
+            Image.new("RGB", (20, 16), (10 * i, 100 * label, 50)).save(root / f"class{label}/{i:02}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def damaged(folder, tmp_path_factory):
+    """The same, with images 3 and 17 broken."""
+    root = tmp_path_factory.mktemp("damaged") / "data"
+    shutil.copytree(folder, root)
+    for index in BROKEN:
+        (root / f"class0/{index:02}.png").write_bytes(b"broken")
+    return root
+
+
+def config(root, **data):
+    return DataConfig.parse({"source": {"name": "folder", "path": str(root)}, "res": 16, "augment": AUGMENT} | data)
+
+
+def batches(data, start=0, steps=6, batch=16, seed=5):
+    dataset = data.source.open("train")
+    return list(train_batches(data, dataset, batch=batch, seed=seed, start=start, steps=steps))
+
+
+def equal(first, second):
+    assert len(first) == len(second) > 0
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a["images"], b["images"])
+        assert torch.equal(a["labels"], b["labels"])
+        assert list(map(str, a.get("bad", []))) == list(map(str, b.get("bad", [])))
+    return True
+
+
+def test_a_batch_is_uint8_images_and_int64_labels(folder):
+    (first, *_) = batches(config(folder, workers=0))
+    assert first.keys() == {"images", "labels"}
+    assert (first["images"].dtype, first["images"].shape) == (torch.uint8, (16, 3, 16, 16))
+    assert (first["labels"].dtype, first["labels"].shape) == (torch.int64, (16,))
+    assert first["images"].is_contiguous()
+
+
+def test_an_epoch_shows_each_image_once_without_the_partial_batch(folder):
+    plain = {"crop": "central_crop", "flip": False}
+    data = config(folder, workers=0, augment=plain)
+    colours = [
+        {tuple(x[:, 8, 8].tolist()) for part in batches(data, start=step, steps=step + 2) for x in part["images"]}
+        for step in (0, 2, 4)
+    ]
+    assert [len(epoch) for epoch in colours] == [32, 32, 32]
+    assert len({frozenset(epoch) for epoch in colours}) == 3
+    for part in batches(data):
+        assert ((part["images"][:, 1, 8, 8] == 100) == part["labels"].bool()).all()
+
+
+def test_a_run_can_start_anywhere(folder):
+    data = config(folder, workers=0)
+    whole = batches(data, 0, 7)
+    for start in (1, 2, 5):
+        assert equal(batches(data, start, 7), whole[start:])
+    assert batches(data, 7, 7) == []
+
+
+def test_epochs_and_seeds_differ(folder):
+    data = config(folder, workers=0)
+    assert not torch.equal(batches(data)[0]["images"], batches(data, seed=6)[0]["images"])
+    assert not torch.equal(batches(data)[0]["images"], batches(data)[2]["images"])
+
+
+@pytest.mark.parametrize("workers", [1, 5])
+def test_the_number_of_processes_changes_nothing(damaged, workers):
+    one, several = (config(damaged, bad_images=0.1, workers=count) for count in (0, workers))
+    expected = batches(one, 1, 9)
+    assert any("bad" in part for part in expected)
+    assert equal(batches(several, 1, 9), expected)
+    assert equal(list(evaluate(several, workers)), list(evaluate(one, 0)))
+    assert multiprocessing.active_children() == []
+
+
+def evaluate(data, workers, batch=7):
+    return eval_batches(data.preprocessing, data.source.open("train"), batch=batch, workers=workers)
+
+
+def test_large_batches_come_in_parts():
+    data = DataConfig.parse({"source": "digits", "res": 8, "augment": {"crop": "central_crop"}})
+    size = 2 * CHUNK + 30
+    apart, together = (batches(data.model_copy(update={"workers": count}), 0, 3, batch=size) for count in (0, 2))
+    assert [len(part["labels"]) for part in apart] == [size] * 3
+    assert equal(apart, together)
+
+
+def test_no_global_generator_is_used(folder):
+    def state():
+        return torch.get_rng_state().numpy().tobytes(), random.getstate(), np.random.get_state()[1].tobytes()  # noqa: NPY002
+
+    before = state()
+    for workers in (0, 1):
+        batches(config(folder, workers=workers))
+    assert state() == before
+
+
+def test_a_batch_larger_than_the_data_is_refused(folder):
+    dataset = config(folder).source.open("train")
+    assert epoch_steps(dataset, 40) == 1
+    with pytest.raises(DataError, match="a batch of 41 is more than the 40 training images"):
+        train_batches(config(folder), dataset, batch=41, seed=0, start=0, steps=1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_ends_training_with_its_name(damaged, workers):
+    with pytest.raises(BadImage, match=r"class0/(03|17).png: not an image") as caught:
+        batches(config(damaged, workers=workers))
+    assert "data.bad_images=0.01" in caught.value.hint
+    assert multiprocessing.active_children() == []
+
+
+def test_a_share_of_broken_images_is_replaced(damaged, folder):
+    plain = {"crop": "central_crop", "flip": False}
+    found = batches(config(damaged, bad_images=0.05, workers=0, augment=plain), 0, 8)
+    whole = batches(config(folder, workers=0, augment=plain), 0, 8)
+    replaced = 0
+    for part, before in zip(found, whole, strict=True):
+        assert ((part["images"][:, 1, 8, 8] == 100) == part["labels"].bool()).all()  # labels are the replacement's
+        changed = (part["images"] != before["images"]).flatten(1).any(1)
+        assert set(before["images"][changed][:, 0, 8, 8].tolist()) <= {10 * index for index in BROKEN}
+        bad = part.get("bad", [])  # one for each broken file met: the first replacement may be broken, too
+        assert 0 < int(changed.sum()) <= len(bad) if bad else not changed.any()
+        replaced += int(changed.sum())
+    assert replaced >= 4
+
+
+def test_beyond_the_share_training_ends_with_the_first_names(damaged):
+    with pytest.raises(DataError, match=r"2 of 40 images so far.*bad_images=0.03.*(03|17).png.*(03|17).png"):
+        batches(config(damaged, bad_images=0.03, workers=0), 0, 8)
+
+
+def test_nothing_readable_is_no_endless_search(tmp_path):
+    (tmp_path / "a").mkdir()
+    for i in range(4):
+        (tmp_path / f"a/{i}.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match="cannot be read"):
+        batches(config(tmp_path, bad_images=1.0, workers=0), batch=2)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 40, 64])
+def test_evaluation_takes_every_image_in_order(folder, batch):
+    data = config(folder)
+    found = list(evaluate(data, 0, batch))
+    assert [len(part["labels"]) for part in found] == [batch] * (40 // batch) + [40 % batch] * (40 % batch > 0)
+    images, labels = (torch.cat([part[key] for part in found]) for key in ("images", "labels"))
+    assert images[:, 0, 8, 8].tolist() == [10 * i for i in range(20)] * 2
+    assert labels.tolist() == [0] * 20 + [1] * 20
+
+
+def test_evaluation_leaves_broken_images_out_and_names_them(damaged):
+    found = list(evaluate(config(damaged), 0))
+    assert [len(part["labels"]) for part in found] == [6, 7, 6, 7, 7, 5]
+    bad = [error for part in found for error in part.get("bad", [])]
+    assert [os.path.basename(error.path) for error in bad] == ["03.png", "17.png"]
+    assert all(isinstance(error, BadImage) for error in bad)
+
+
+def test_a_killed_process_is_an_error_not_a_hang(folder):
+    data = config(folder, workers=2)
+    running = train_batches(data, data.source.open("train"), batch=8, seed=0, start=0, steps=100_000)
+    next(running)
+    worker = multiprocessing.active_children()[0]
+    assert worker.pid
+    os.kill(worker.pid, signal.SIGKILL)
+    begin = time.monotonic()
+    with pytest.raises(DataError, match="was killed") as caught:
+        list(zip(running, range(100_000), strict=False))
+    assert time.monotonic() - begin < 30
+    assert "data.workers" in caught.value.hint
+    assert multiprocessing.active_children() == []
+
+
+SCRIPT = """
+import multiprocessing, os, signal, sys, time
+from vitcli.data import DataConfig
+from vitcli.data.loader import train_batches
+
+if __name__ == "__main__":
+    data = DataConfig.parse({"source": {"name": "folder", "path": sys.argv[1]}, "res": 16, "workers": 2})
+    running = train_batches(data, data.source.open("train"), batch=8, seed=0, start=0, steps=100_000)
+    next(running)
+    print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # this process decides for itself; its workers must not mind
+        os.killpg(0, number)
+    for _ in range(50):
+        next(running)
+    print("still loading", flush=True)
+    if sys.argv[2] == "wait":
+        time.sleep(60)
+    multiprocessing.keep = running  # leaves without closing
+    print("leaving", flush=True)
+"""
+
+
+def start(tmp_path, folder, what):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-W", "error", str(script), str(folder), what]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def gone(pid):
+    """Whether a process has ended, be it that nobody has asked for its exit code."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def test_signals_to_the_group_and_an_exit_without_closing(tmp_path, folder):
+    with start(tmp_path, folder, "leave") as process:
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    pids, *rest = output.splitlines()
+    assert rest == ["still loading", "leaving"]
+    assert all(gone(pid) for pid in pids.split())
+
+
+def test_processes_end_when_the_main_process_is_killed(tmp_path, folder):
+    with start(tmp_path, folder, "wait") as process:
+        assert process.stdout
+        pids = process.stdout.readline().split()
+        assert len(pids) == 2
+        assert process.stdout.readline() == "still loading\n"
+        assert not any(gone(pid) for pid in pids)
+        process.kill()
+        begin = time.monotonic()
+        while not all(gone(pid) for pid in pids):
+            assert time.monotonic() - begin < 5
+            time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_too_little_shared_memory_is_an_error_with_advice(tmp_path, folder):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.replace('"res": 16', '"res": 512'))
+    inside = f"mount -t tmpfs -o size=1m tmpfs /dev/shm && exec {sys.executable} {script} {folder} leave"
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", inside], capture_output=True, text=True, timeout=100)
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"cannot mount a small /dev/shm here: {done.stderr.splitlines()[0]}")
+    assert "DataError: the loader processes need more shared memory" in done.stderr

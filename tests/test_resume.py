@@ -1,0 +1,134 @@
+"""A run that is killed goes on to the same bits as one that is left alone."""
+
+import json
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from command import TINY, finish, process, sets
+
+STEPS = 60
+RECIPE = ["quickstart", *sets(*TINY, f"steps={STEPS}", "eval_every=20", "save_every=5", "log_every=4")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    said = finish(process("pretrain", *RECIPE, "--run", "run", cwd=folder))
+    assert said.code == 0, said.err
+    return folder / "run"
+
+
+def content(run: Path) -> dict[str, object]:
+    """Everything that must be equal: weights, moments, average, position, and the log without its timings."""
+    last = run / "checkpoints" / f"step_{STEPS:08d}"
+    files = [last / name for name in ("model.safetensors", "training.safetensors")]
+    files += [run / place / "model.safetensors" for place in ("best", "last")]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("images_per_second", None), row.pop("waiting", None)
+    position = json.loads((last / "state.json").read_text())
+    position.pop("log_bytes")
+    return {str(file.relative_to(run)): file.read_bytes() for file in files} | {"log": rows, "position": position}
+
+
+def start(folder: Path):
+    """The command, or its resumption where the run has begun."""
+    begun = (folder / "run" / "recipe.resolved.yaml").exists()
+    return process("pretrain", *(["--resume", "run"] if begun else [*RECIPE, "--run", "run"]), cwd=folder)
+
+
+def killed(folder: Path, moments: list[float]) -> None:
+    """Kill -9 at these times after a start that has come as far as training, then let it finish."""
+    for moment in moments:
+        started = start(folder)
+        log = folder / "run" / "train.log"
+        before = log.stat().st_size if log.exists() else 0
+        while started.poll() is None and not (log.exists() and log.stat().st_size > before):
+            time.sleep(0.01)
+        time.sleep(moment)
+        started.kill()
+        started.communicate()
+    said = finish(start(folder))
+    assert said.code == 0, said.err
+
+
+def test_killed_at_random_moments(undisturbed, tmp_path):
+    chance = random.Random(0)
+    killed(tmp_path, [chance.uniform(0, 1.2) for _ in range(4)])
+    assert content(tmp_path / "run") == content(undisturbed)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(undisturbed, tmp_path):
+    chance = random.Random(1)
+    killed(tmp_path, [chance.uniform(0, 0.6) for _ in range(20)])
+    assert content(tmp_path / "run") == content(undisturbed)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_saves_and_says_how_to_go_on(undisturbed, tmp_path, number, code):
+    started = start(tmp_path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while started.poll() is None and not metrics.exists():
+        time.sleep(0.01)
+    started.send_signal(number)
+    said = finish(started)
+    assert said.code == code
+    assert "hint: vit pretrain --resume run" in said.err
+    steps = [int(folder.name[5:]) for folder in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert f"after step {max(steps)} of {STEPS}" in said.err
+    assert max(steps) < STEPS
+    assert not (tmp_path / "run" / "last").exists()
+    assert finish(start(tmp_path)).code == 0
+    assert content(tmp_path / "run") == content(undisturbed)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "state.json", "manifest.json"])
+def test_damaged_newest_checkpoint_is_passed_over(undisturbed, tmp_path, name):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    shutil.rmtree(run / "last")
+    newest = run / "checkpoints" / f"step_{STEPS:08d}" / name
+    damaged = bytearray(newest.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    newest.write_bytes(damaged)
+    said = finish(start(tmp_path))
+    assert said.code == 0
+    assert f"step_{STEPS:08d}" in said.err
+    assert "warning" in said.err
+    assert content(run) == content(undisturbed)
+
+
+def test_no_whole_checkpoint_left(undisturbed, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    for folder in (run / "checkpoints").iterdir():
+        (folder / "model.safetensors").write_bytes(b"")
+    said = finish(start(tmp_path))
+    assert said.code == 4
+    assert "no checkpoint of this run is whole" in said.err
+
+
+def test_one_process_a_run_folder(undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    first = start(tmp_path)
+    while first.poll() is None and not (tmp_path / "run" / "checkpoints").exists():
+        time.sleep(0.01)
+    second = finish(start(tmp_path))
+    assert second.code == 7
+    assert f"process {first.pid}" in second.err
+    assert finish(first).code == 0
+
+
+def test_other_data_is_refused(undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    environment = tmp_path / "run" / "env.json"
+    environment.write_text(json.dumps(json.loads(environment.read_text()) | {"data": "other"}))
+    said = finish(start(tmp_path))
+    assert said.code == 4
+    assert "not those that the run began with" in said.err

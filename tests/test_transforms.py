@@ -1,0 +1,344 @@
+"""From an image to the model's input: preparing, augmenting, mixing."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from torchvision import transforms
+
+from vitcli import rng
+from vitcli.data import Augment, DataConfig, Preprocessing, randaugment
+from vitcli.data.augment import augment, erase, inception_box
+from vitcli.data.images import decode
+from vitcli.data.mix import cutmix, mix, mixup, one_hot
+from vitcli.data.preprocess import normalise, pixels, prepare, resize
+from vitcli.rng import Stream
+
+
+def noise(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def photograph(width=60, height=40):
+    """Smooth colours, of which neighbours differ little."""
+    y, x = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([x * 4, y * 6, (x + y) * 2], axis=-1).astype(np.uint8))
+
+
+def config(**data):
+    return DataConfig.parse({"source": "digits", "res": 16} | data)
+
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (256, 256), (257, 301), (40, 333), (225, 224)])
+def test_prepare_equals_torchvision(size, interpolation):
+    p = Preprocessing(res=(224, 224), resize=256, interpolation=interpolation, **IMAGENET)
+    image = noise(*size)
+    reference = transforms.Compose(
+        [
+            transforms.Resize(256, transforms.InterpolationMode(interpolation)),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize(p.mean, p.std),
+        ]
+    )
+    assert torch.equal(normalise(prepare(image, p)[None], p)[0], reference(image))
+
+
+def test_prepare_equals_torchvision_on_real_images(shared):
+    p = Preprocessing(res=(224, 224), resize=256, interpolation="bicubic", **IMAGENET)
+    crop = transforms.Compose(
+        [transforms.Resize(256, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224)]
+    )
+    files = sorted((shared / "data/imagenet200").glob("*/*.JPEG"))[::5]
+    assert len(files) == 40
+    for file in files:
+        assert torch.equal(prepare(decode(file), p), pixels(crop(Image.open(file).convert("RGB")))), file
+
+
+def test_without_a_crop_the_image_is_stretched():
+    x = prepare(photograph(60, 40), Preprocessing(res=(24, 32)))
+    assert x.dtype == torch.uint8
+    assert torch.equal(x, pixels(photograph(60, 40).resize((32, 24), Image.Resampling.BILINEAR)))
+
+
+def test_normalise_default_is_minus_one_to_one():
+    x = torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(1, 3, 1, 1)
+    assert torch.allclose(normalise(x, Preprocessing()).ravel(), torch.tensor([-1.0, -0.6, 1.0]))
+    assert normalise(x, Preprocessing()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "area"])
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("size", [(7, 5), (40, 60), (90, 131)])
+def test_resize_keeps_constants_and_the_size_asked_for(interpolation, antialias, size):
+    image = resize(Image.new("RGB", (60, 40), (0, 128, 255)), size, interpolation, antialias)
+    assert image.size == size[::-1]
+    assert np.unique(np.asarray(image).reshape(-1, 3), axis=0).tolist() == [[0, 128, 255]]
+
+
+def test_area_is_the_mean_of_what_a_pixel_covers():
+    image = noise(9, 6)
+    halves = np.asarray(image).reshape(3, 2, 3, 3, 3).mean(axis=(1, 3))
+    assert (np.asarray(resize(image, (3, 3), "area", False)) == np.floor(halves + 0.5)).all()
+    row = Image.fromarray(np.array([[[0] * 3, [90] * 3, [180] * 3]], dtype=np.uint8))
+    # Two pixels from three: each covers one and a half.
+    assert np.asarray(resize(row, (1, 2), "area", False))[0, :, 0].tolist() == [30, 150]
+
+
+def test_antialias_off_samples_two_neighbours_only():
+    stripes = Image.fromarray(np.tile(np.array([0, 255], dtype=np.uint8)[None, :, None], (64, 32, 3)))
+    off, on = (np.asarray(resize(stripes, (9, 9), "bilinear", antialias)).astype(int) for antialias in (False, True))
+    assert np.ptp(off) > 100
+    assert np.ptp(on) < 40
+
+
+def test_inception_box_lies_inside_with_the_area_and_aspect_asked_for():
+    generator = np.random.default_rng(0)
+    boxes = np.array([inception_box((500, 400), (0.05, 1.0), (0.75, 1.33), generator) for _ in range(4000)])
+    left, top, right, bottom = boxes.T
+    width, height = right - left, bottom - top
+    assert left.min() >= 0
+    assert top.min() >= 0
+    assert right.max() <= 500
+    assert bottom.max() <= 400
+    share = width * height / (500 * 400)
+    assert 0.05 <= share.min() < 0.06
+    assert 0.85 < share.max() <= 1
+    assert np.abs(width - height * np.clip(width / height, 0.75, 1.33)).max() <= 1
+    # TensorFlow's own op gave means of 248.85, 257.80 and standard deviations of 87.0, 98.7 in 100,000 tries.
+    assert height.mean() == pytest.approx(248.85, abs=5)
+    assert width.mean() == pytest.approx(257.80, abs=5)
+
+
+def test_inception_box_takes_the_whole_image_where_nothing_fits():
+    assert inception_box((1000, 20), (0.9, 1.0), (0.75, 1.33), np.random.default_rng(0)) == (0, 0, 1000, 20)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (3, 2)])
+def test_tiny_images_pass_through_every_augmentation(size):
+    full = {"randaugment": {"n": 3, "m": 20}, "color_jitter": 0.4, "random_erasing": 1.0}
+    for crop in ("inception_crop", "random_crop", "central_crop"):
+        data = config(augment=full | {"crop": crop}, resize=20)
+        for index in range(20):
+            assert augment(noise(*size), data, rng.generator(0, Stream.AUGMENT, 0, index)).shape == (3, 16, 16)
+
+
+def test_augment_depends_on_its_generator_only():
+    data = config(augment={"randaugment": {"n": 2, "m": 15}, "color_jitter": 0.4, "random_erasing": 0.5})
+    image = photograph()
+    first = [augment(image, data, rng.generator(7, Stream.AUGMENT, 2, index)) for index in range(30)]
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002 (that it changes nothing is the point)
+    again = [augment(image, data, rng.generator(7, Stream.AUGMENT, 2, index)) for index in reversed(range(30))]
+    assert all(torch.equal(a, b) for a, b in zip(first, reversed(again), strict=True))
+    assert len({x.numpy().tobytes() for x in first}) == 30
+    assert (np.asarray(image) == np.asarray(photograph())).all()
+
+
+def test_flip_half_of_the_time():
+    data = config(augment={"crop": "central_crop"})
+    plain = prepare(photograph(), data.preprocessing)
+    found = [augment(photograph(), data, np.random.default_rng(index)) for index in range(200)]
+    flipped = sum(torch.equal(x, plain.flip(2)) for x in found)
+    assert sum(torch.equal(x, plain) for x in found) == 200 - flipped
+    assert 70 < flipped < 130
+
+
+def test_random_crop_with_padding_is_that_of_cifar():
+    data = config(augment={"crop": "random_crop", "pad": 2, "flip": False})
+    image = noise(16, 16)
+    padded = np.pad(np.asarray(image), ((2, 2), (2, 2), (0, 0)))
+    places = {padded[y : y + 16, x : x + 16].tobytes() for y in range(5) for x in range(5)}
+    found = {
+        augment(image, data, np.random.default_rng(index)).permute(1, 2, 0).numpy().tobytes() for index in range(300)
+    }
+    assert found == places
+
+
+def test_random_crop_resizes_first():
+    image = photograph(64, 48)
+    whole = config(augment={"crop": "random_crop", "resize": [16, 16], "flip": False})
+    stretched = pixels(resize(image, (16, 16), "bilinear", False))
+    assert torch.equal(augment(image, whole, np.random.default_rng(0)), stretched)
+    shorter = config(augment={"crop": "random_crop", "flip": False})
+    wide = np.asarray(resize(image, (16, 21), "bilinear", False))
+    windows = {wide[:, x : x + 16].tobytes() for x in range(6)}
+    assert augment(image, shorter, np.random.default_rng(0)).permute(1, 2, 0).numpy().tobytes() in windows
+
+
+def test_color_jitter_stays_within_its_share():
+    data = config(augment={"crop": "central_crop", "flip": False, "color_jitter": 0.3})
+    grey = Image.new("RGB", (16, 16), (100, 100, 100))
+    levels = {int(augment(grey, data, np.random.default_rng(i))[0, 0, 0]) for i in range(200)}
+    assert 65 <= min(levels) < 75  # brightness 0.7 to 1.3; a plain grey has no contrast or colour to change
+    assert 125 < max(levels) <= 131
+
+
+def test_random_erasing_puts_normalised_noise_into_a_rectangle():
+    data = config(res=64, **IMAGENET)
+    x = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    shares, values = [], []
+    for index in range(200):
+        erased = erase(x.clone(), data, np.random.default_rng(index))
+        inside = erased.any(0).nonzero()
+        (top, left), (bottom, right) = inside.min(0).values, inside.max(0).values + 1
+        shares.append(float((bottom - top) * (right - left)) / 64**2)
+        values.append(normalise(erased[None, :, top:bottom, left:right], data)[0].flatten(1))
+    assert 0.01 < min(shares) < 0.05
+    assert 0.25 < max(shares) < 0.36
+    spread = torch.cat(values, dim=1)
+    assert spread.mean(1).abs().max() < 0.1
+    assert (spread.std(1) - 1).abs().max() < 0.12  # levels end at 0 and 255
+
+
+class Plus:
+    """A generator that always takes the positive way and the middle of a range."""
+
+    def random(self):
+        return 0.0
+
+    def integers(self, high):
+        return high // 2
+
+
+def run(name, level, image=None):
+    operation = getattr(randaugment, name)
+    return np.asarray(operation(image or noise(224, 224), level, Plus())).astype(int)
+
+
+X = np.asarray(noise(224, 224)).astype(int)
+
+
+@pytest.mark.parametrize("level", [0, 10, 20])
+def test_operations_without_a_level(level):
+    assert (run("invert", level) == 255 - X).all()
+    dull = Image.fromarray((X // 2 + 50).astype(np.uint8))
+    for name in ("auto_contrast", "equalize"):
+        found = run(name, level, dull)
+        assert (found.min(), found.max()) == (0, 255)
+
+
+def test_level_zero_is_not_nothing():
+    same = {"rotate", "solarize_add", "shear_x", "shear_y", "translate_x", "translate_y", "cutout"}
+    for operation in randaugment.OPERATIONS:
+        name = operation.__name__
+        if name not in {"auto_contrast", "equalize", "invert"}:
+            assert (run(name, 0) == X).all() == (name in same), name
+    assert len(randaugment.OPERATIONS) == 16
+
+
+def test_operations_on_values():
+    assert (run("posterize", 0) == X // 128 * 128).all()
+    assert (run("posterize", 10) == X // 16 * 16).all()
+    assert (run("posterize", 20) == X).all()
+    assert (run("posterize", 30) == X // 128 * 128).all()
+    assert (run("solarize", 0) == 255 - X).all()
+    assert (run("solarize", 10) == 255 - X).all()
+    assert (run("solarize", 15) == np.where(X < 128, X, 255 - X)).all()
+    assert (run("solarize_add", 10) == np.where(X < 128, np.minimum(255, X + 110), X)).all()
+    assert (run("brightness", 10) == np.minimum(255, (X * 1.9).astype(int))).all()
+    assert (run("contrast", 10) == np.clip(196 + 1.9 * (X - 196), 0, 255).astype(int)).all()
+    assert np.abs(run("color", 0) - run("color", 0).mean(axis=2, keepdims=True)).max() <= 26
+    assert run("sharpness", 0).std() < X.std() - 20
+    assert run("sharpness", 10).std() > X.std() + 10
+
+
+def test_operations_on_places():
+    grey = [128, 128, 128]
+    right = run("translate_x", 10)
+    assert (right[:, :124] == X[:, 100:]).all()
+    assert (right[:, 124:] == grey).all()
+    assert (run("translate_y", 10)[:124] == X[100:]).all()
+    sheared = run("shear_x", 10)
+    assert (sheared[0] == X[0]).all()
+    assert (sheared[100, :194] == X[100, 30:]).all()  # 0.3 of 100 rows
+    assert (sheared[100, 195:] == grey).all()
+    assert (run("shear_y", 10)[:194, 100] == X[30:, 100]).all()
+    assert (run("rotate", 30) == np.rot90(X)).all()
+    hole = run("cutout", 10)
+    assert (hole[72:152, 72:152] == grey).all()
+    assert (hole == grey).all(axis=2).sum() == 80 * 80
+    assert (run("translate_x", 10, noise(56, 56))[:, :31] == np.asarray(noise(56, 56))[:, 25:]).all()
+
+
+def test_randaugment_draws_all_operations_and_both_directions():
+    results = {
+        np.asarray(randaugment.randaugment(noise(32, 32), 1, 10, np.random.default_rng(i))).tobytes()
+        for i in range(400)
+    }
+    assert len(results) > 16
+
+
+def batch(n=6, classes=4):
+    images = torch.randn(n, 3, 8, 10, generator=torch.Generator().manual_seed(0))
+    return images, one_hot(torch.arange(n) % classes, classes)
+
+
+def test_one_hot():
+    assert one_hot(torch.tensor([2, 0]), 3).tolist() == [[0, 0, 1], [1, 0, 0]]
+    assert one_hot(torch.tensor([1]), 2).dtype == torch.float32
+
+
+def test_mix_off_changes_nothing():
+    images, targets = batch()
+    mixed, mixed_targets = mix(images, targets, Augment(), np.random.default_rng(0))
+    assert mixed is images
+    assert mixed_targets is targets
+
+
+def test_mixup_blends_each_image_with_its_predecessor():
+    images, targets = batch()
+    for seed in range(20):
+        mixed, soft = mixup(images, targets, Augment(mixup=0.5), rng.generator(seed, Stream.MIX, 3))
+        share = float(soft[0].max())
+        assert 0.5 <= share <= 1
+        assert torch.allclose(mixed, share * images + (1 - share) * images.roll(1, 0), atol=1e-6)
+        assert torch.allclose(soft, share * targets + (1 - share) * targets.roll(1, 0))
+
+
+def test_cutmix_counts_the_true_area():
+    images, targets = batch()
+    for seed in range(50):
+        before = images.clone()
+        mixed, soft = cutmix(images, targets, Augment(cutmix=1.0), np.random.default_rng(seed))
+        assert torch.equal(images, before)
+        taken = (mixed != images).all(1)
+        assert torch.equal(mixed, torch.where(taken[:, None], images.roll(1, 0), images))
+        assert torch.allclose(soft.sum(1), torch.ones(6))
+        assert float(soft[0, 0]) == pytest.approx(1 - float(taken[0].float().mean()))
+
+
+def test_both_are_taken_in_turn_and_depend_on_the_step_alone():
+    images, targets = batch()
+    both = Augment(mixup=0.8, cutmix=1.0)
+    results = [mix(images, targets, both, rng.generator(0, Stream.MIX, step))[0] for step in range(100)]
+    cut = sum(bool(((x == images) | (x == images.roll(1, 0))).all()) for x in results)
+    assert 30 < cut < 70
+    assert all(
+        torch.equal(x, mix(images, targets, both, rng.generator(0, Stream.MIX, step))[0])
+        for step, x in enumerate(results)
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"resize": 15}, "at least 16"),
+        ({"res": [16, 32], "resize": 16}, "at least 32"),
+        ({"std": 0.0}, "greater than 0"),
+        ({"augment": {"area": [0.5, 0.1]}}, "no range"),
+        ({"augment": {"area": [0.0, 0.0]}}, "no range"),
+        ({"augment": {"aspect": [2.0, 1.0]}}, "no range"),
+        ({"augment": {"pad": 4}}, "random_crop only"),
+        ({"augment": {"crop": "central_crop", "area": [0.1, 1.0]}}, "inception_crop only"),
+        ({"augment": {"crop": "random_crop", "resize": 12, "pad": 1}}, "nothing is left"),
+    ],
+)
+def test_settings_that_do_not_go_together(data, message):
+    with pytest.raises(ValidationError, match=message):
+        config(**data)
