@@ -89,10 +89,12 @@ def test_export_answers_as_the_checkpoint(vit, run, digits, tmp_path):
     said = vit("export", "--onnx", "--ckpt", run, "-o", tmp_path / "model.onnx", "--json")
     assert said.code == 0, said.err
     assert said.json["parity"]["agreement"] == 1.0
-    answers = [vit("predict", digits, "--ckpt", ckpt, "--json").json["images"] for ckpt in (run, tmp_path / "model.onnx")]
+    answers = [
+        vit("predict", digits, "--ckpt", ckpt, "--json").json["images"] for ckpt in (run, tmp_path / "model.onnx")
+    ]
     classes = [[image["top"][0]["class"] for image in images] for images in answers]
     assert classes[0] == classes[1]
-    assert sum(name == Path(image["path"]).parent.name for name, image in zip(classes[0], answers[0])) > 30
+    assert sum(name == Path(image["path"]).parent.name for name, image in zip(classes[0], answers[0], strict=True)) > 30
     scores = [vit("eval", "--ckpt", c, "--data", digits, "--json").json["top1"] for c in (run, tmp_path / "model.onnx")]
     assert scores[0] == scores[1]
 
@@ -125,7 +127,9 @@ def test_without_a_run(vit):
 
 
 def test_finetune_reports_what_it_changes(vit, run, tmp_path):
-    options = sets("batch=64", "steps=6", "optim.warmup_steps=2", "data.source=digits", "eval_every=3", "runtime.threads=1")
+    options = sets(
+        "batch=64", "steps=6", "optim.warmup_steps=2", "data.source=digits", "eval_every=3", "runtime.threads=1"
+    )
     said = vit("finetune", "--ckpt", run, "--classes", 10, "--res", 16, *options, "--run", tmp_path / "tuned", "--json")
     assert said.code == 0, said.err
     assert "position table stretched 4x4 -> 8x8 (bilinear)" in said.err
@@ -136,7 +140,9 @@ def test_finetune_reports_what_it_changes(vit, run, tmp_path):
 
 
 def test_finetune_from_deit_weights(vit, shared, tmp_path):
-    options = sets("data.source=digits", "batch=4", "steps=1", "optim.warmup_steps=1", "runtime.threads=1", "eval_every=1")
+    options = sets(
+        "data.source=digits", "batch=4", "steps=1", "optim.warmup_steps=1", "runtime.threads=1", "eval_every=1"
+    )
     weights = shared / "data" / "deit_tiny_patch16_224.pth"
     said = vit("finetune", "--ckpt", weights, "--classes", 10, "--res", 32, *options, "--run", tmp_path / "tuned")
     assert said.code == 0, said.err
@@ -203,7 +209,13 @@ def test_dry_run_of_every_shipped_recipe(vit, run, name):
 
 @pytest.mark.parametrize("name", ["s16_in1k", "b16_in1k", "l16_in1k", "b32_in1k", "l32_in1k"])
 def test_dry_run_agrees_with_published_sizes(vit, name):
-    backbone = {"s16": (21.67, 9.2), "b16": (85.8, 35.1), "l16": (303.3, 123.1), "b32": (87.46, 8.8), "l32": (305.5, 30.5)}
+    backbone = {
+        "s16": (21.67, 9.2),
+        "b16": (85.8, 35.1),
+        "l16": (303.3, 123.1),
+        "b32": (87.46, 8.8),
+        "l32": (305.5, 30.5),
+    }
     parameters, gflops = backbone[name.split("_")[0]]
     said = vit("pretrain", name, "--dry-run", "--json", *sets("model.representation_size=null")).json
     width = {"s16": 384, "b16": 768, "l16": 1024, "b32": 768, "l32": 1024}[name.split("_")[0]]
@@ -221,9 +233,12 @@ def test_a_wrong_recipe_and_help_load_no_torch(tmp_path):
     for args, code in ((["pretrain", "wrong.yaml"], 2), (["--help"], 0), (["recipes", "list"], 0)):
         ended = subprocess.run([sys.executable, "-c", program, *args], cwd=tmp_path, capture_output=True, text=True)
         assert ended.returncode == code, ended.stderr
-    assert "did you mean variant?" in subprocess.run(
-        [sys.executable, "-m", "vitcli", "pretrain", "wrong.yaml"], cwd=tmp_path, capture_output=True, text=True
-    ).stderr
+    assert (
+        "did you mean variant?"
+        in subprocess.run(
+            [sys.executable, "-m", "vitcli", "pretrain", "wrong.yaml"], cwd=tmp_path, capture_output=True, text=True
+        ).stderr
+    )
 
 
 @pytest.mark.parametrize(

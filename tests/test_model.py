@@ -273,6 +273,12 @@ def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
     assert y.mean().item() == pytest.approx(1, abs=0.02)
 
 
+def test_every_layer_norm_has_the_epsilon():
+    model = build(norm_eps=1e-3, qk_norm=True, pool="map")
+    norms = [module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    assert norms == [1e-3] * (2 * 4 + 1 + 1)
+
+
 def test_every_parameter_is_trained():
     model = build(
         registers=2, layerscale=0.1, qk_norm=True, representation_size=8, pool="map", class_token=True, size=(64, 64),

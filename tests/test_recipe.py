@@ -402,6 +402,20 @@ def test_what_is_missing_is_told_at_its_section(told):
     assert line == "2:8: data.source.name: missing: digits or folder or torchvision"
 
 
+def test_a_key_of_another_kind_of_section_is_told_as_such(told):
+    assert told(SMALL.replace("digits", "{name: digits, path: x}")) == [
+        "2:31: data.source.path: unknown key here; it is for name: folder"
+    ]
+
+
+def test_a_hint_says_what_brings_what_is_missing(write):
+    with pytest.raises(RecipeError) as caught:
+        recipe.load(write("model: {dropout: 0.1}\ndata: {res: 16}\nsteps: 1\n"))
+    assert caught.value.hint == (
+        "a recipe for fine-tuning takes its model from --ckpt; give the images by --data, or as data.source"
+    )
+
+
 def test_many_mistakes_end_with_their_number(told):
     lines = told(SMALL + "".join(f"key{n}: 1\n" for n in range(50)))
     assert len(lines) == mistakes.MAX_LINES + 1
@@ -637,6 +651,7 @@ def test_the_json_schema_allows_what_a_recipe_may_say():
     assert {"enum": ["digits", "folder", "torchvision"], "type": "string"} in data["source"]["anyOf"]
     assert described["required"] == ["data"]
     assert "required" not in described["$defs"]["ViTConfig"]
+    assert "required" not in described["$defs"]["DataConfig"]
     assert described["additionalProperties"] is False
     assert json.loads(json.dumps(described)) == described
 

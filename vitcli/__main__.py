@@ -1,3 +1,5 @@
+"""`python -m vitcli` is `vit`."""
+
 from vitcli.cli import main
 
 main()

@@ -67,7 +67,9 @@ def load(path: Path) -> Trained:
     or unknown file.
     """
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist", "--ckpt takes a run folder, a checkpoint folder or a file of weights")
+        raise CheckpointError(
+            f"{path} does not exist", "--ckpt takes a run folder, a checkpoint folder or a file of weights"
+        )
     if path.is_dir():
         return _load_own(_usable(path))
     if path.name == "model.safetensors" and (path.parent / storage.MANIFEST).exists():
@@ -95,10 +97,15 @@ def save_training(
     def write(place: Path) -> None:
         _write_model(place, module.model, recipe, classes, position.step)
         tensors = {f"optimizer/{name}": tensor for name, tensor in optim.state(optimizer, module).items()}
-        tensors |= {f"module/{name}": tensor for name, tensor in module.state_dict().items() if not name.startswith("model.")}
+        tensors |= {
+            f"module/{name}": tensor for name, tensor in module.state_dict().items() if not name.startswith("model.")
+        }
         if average:
             tensors |= {f"average/{name}": tensor for name, tensor in average.tensors.items()}
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, place / "training.safetensors")
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            place / "training.safetensors",
+        )
         (place / "state.json").write_text(json.dumps(asdict(position), indent=1))
 
     storage.write_folder(folder / f"step_{position.step:08d}", write)
@@ -162,7 +169,9 @@ def start_from(trained: Trained, config: ViTConfig, classes: int, image_size: tu
         notes.append(f"position table stretched {grids} ({config.posemb_resize})")
     dropped = [name for name in old if name.startswith(("head.", "pre_logits."))]
     if dropped:
-        notes.append(f"old head dropped ({len(trained.classes)} classes{', with pre_logits' if len(dropped) > 2 else ''})")
+        notes.append(
+            f"old head dropped ({len(trained.classes)} classes{', with pre_logits' if len(dropped) > 2 else ''})"
+        )
     notes.append(f"new zero head for {classes} classes")
     taken = {name: tensor for name, tensor in old.items() if name not in dropped}
     kept = {name: tensor for name, tensor in fresh.items() if name.startswith(("head.", "pre_logits."))}
@@ -183,7 +192,9 @@ def _write_model(place: Path, model: ViT, recipe: Recipe, classes: tuple[str, ..
     }
     (place / "config.json").write_text(json.dumps(config, indent=1))
     (place / "preprocessor_config.json").write_text(recipe.data.preprocessing.model_dump_json(indent=1))
-    save_file({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, place / "model.safetensors")
+    save_file(
+        {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, place / "model.safetensors"
+    )
 
 
 def _usable(path: Path) -> Path:
@@ -195,7 +206,9 @@ def _usable(path: Path) -> Path:
             return folder
     folder, passed = newest(path / "checkpoints")
     if folder is None:
-        raise CheckpointError("; ".join(passed) or f"{path} holds no checkpoint", "give a run folder or a file of weights")
+        raise CheckpointError(
+            "; ".join(passed) or f"{path} holds no checkpoint", "give a run folder or a file of weights"
+        )
     return folder
 
 
@@ -209,7 +222,9 @@ def _load_own(folder: Path) -> Trained:
         classes = tuple(config["classes"])
         step = int(config["step"])
     except (ValueError, KeyError, TypeError, OSError, ValidationError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} is not a vitcli checkpoint's: {error}".splitlines()[0]) from None
+        raise CheckpointError(
+            f"{folder / 'config.json'} is not a vitcli checkpoint's: {error}".splitlines()[0]
+        ) from None
     model = recipe.model.build(len(classes), recipe.data.res)
     state = load_file(folder / "model.safetensors") | _averaged(folder)
     _check_fit(model.state_dict(), state, str(folder))
@@ -259,6 +274,8 @@ def _check_fit(expected: dict[str, Tensor], found: dict[str, Tensor], origin: st
             raise CheckpointError(f"{origin}: {len(names)} {problem} tensors, the first {min(names)}")
     for name, tensor in found.items():
         if tensor.shape != expected[name].shape:
-            raise CheckpointError(f"{origin}: {name} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}")
+            raise CheckpointError(
+                f"{origin}: {name} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}"
+            )
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise CheckpointError(f"{origin}: {name} holds NaN or infinity")

@@ -1,4 +1,7 @@
-"""The commands: read, call, print. stdout holds the answer only; all else goes to stderr. torch is loaded inside a command."""
+"""The commands: read, call, print.
+
+stdout holds the answer only; all else goes to stderr. torch is loaded inside a command, not with this module.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from typer import Argument, Option
 
 from vitcli import __version__, recipe_files
@@ -20,7 +24,6 @@ from vitcli.errors import CheckpointError, DataError, RecipeError, UserError
 if TYPE_CHECKING:
     from vitcli.checkpoint import Trained
     from vitcli.data.sources import Dataset
-    from vitcli.plan import Plan
     from vitcli.recipe import Recipe
     from vitcli.train import Outcome
 
@@ -45,16 +48,23 @@ def _recipe_names(incomplete: str) -> list[str]:
 
 
 def _recipe_keys(incomplete: str) -> list[str]:
-    from vitcli import recipe
+    from vitcli.recipe import keys
 
-    return [f"{key.dotted}=" for key in recipe.keys() if key.dotted.startswith(incomplete)]
+    return [f"{key.dotted}=" for key in keys() if key.dotted.startswith(incomplete)]
 
 
 Set = Annotated[
     list[str] | None,
-    Option("--set", metavar="KEY=VALUE", autocompletion=_recipe_keys, help="Override a key of the recipe, as optim.lr=3e-4."),
+    Option(
+        "--set",
+        metavar="KEY=VALUE",
+        autocompletion=_recipe_keys,
+        help="Override a key of the recipe, as optim.lr=3e-4.",
+    ),
 ]
-RunFolder = Annotated[Path | None, Option("--run", help="Folder of the run. [dim]runs/RECIPE[/]", rich_help_panel=RESULT)]
+RunFolder = Annotated[
+    Path | None, Option("--run", help="Folder of the run. [dim]runs/RECIPE[/]", rich_help_panel=RESULT)
+]
 Resume = Annotated[
     Path | None, Option(metavar="RUN", help="Continue the run in this folder, to the same bits.", rich_help_panel=TRAIN)
 ]
@@ -75,7 +85,9 @@ def _vit(version: Annotated[bool, Option("--version", help="Print the version.")
 
 @app.command(rich_help_panel="Train")
 def pretrain(
-    recipe: Annotated[str | None, Argument(help="Name of a shipped recipe, or a .yaml file.", autocompletion=_recipe_names)] = None,
+    recipe: Annotated[
+        str | None, Argument(help="Name of a shipped recipe, or a .yaml file.", autocompletion=_recipe_names)
+    ] = None,
     sets: Set = None,
     run: RunFolder = None,
     resume: Resume = None,
@@ -107,11 +119,19 @@ def pretrain(
 
 @app.command(rich_help_panel="Train")
 def finetune(
-    ckpt: Annotated[Path | None, Option(help="Weights to start from: a run folder, .npz, .safetensors or .pth.")] = None,
-    data: Annotated[str | None, Option(help="Folder of class folders, or the name of a source.", rich_help_panel=INPUT)] = None,
-    classes: Annotated[int | None, Option(min=1, help="Number of classes, checked against the data.", rich_help_panel=INPUT)] = None,
+    ckpt: Annotated[
+        Path | None, Option(help="Weights to start from: a run folder, .npz, .safetensors or .pth.")
+    ] = None,
+    data: Annotated[
+        str | None, Option(help="Folder of class folders, or the name of a source.", rich_help_panel=INPUT)
+    ] = None,
+    classes: Annotated[
+        int | None, Option(min=1, help="Number of classes, checked against the data.", rich_help_panel=INPUT)
+    ] = None,
     res: Annotated[int | None, Option(min=1, help="Resolution in pixels.", rich_help_panel=INPUT)] = None,
-    recipe: Annotated[str, Option(help="Name of a shipped recipe, or a .yaml file.", autocompletion=_recipe_names)] = "finetune",
+    recipe: Annotated[
+        str, Option(help="Name of a shipped recipe, or a .yaml file.", autocompletion=_recipe_names)
+    ] = "finetune",
     sets: Set = None,
     run: RunFolder = None,
     resume: Resume = None,
@@ -156,12 +176,19 @@ def finetune(
 @app.command(name="eval", rich_help_panel="Use")
 def evaluate(
     ckpt: Checkpoint = None,
-    data: Annotated[str | None, Option(help="Folder of class folders, or the name of a source. [dim]The run's[/]", rich_help_panel=INPUT)] = None,
+    data: Annotated[
+        str | None,
+        Option(help="Folder of class folders, or the name of a source. [dim]The run's[/]", rich_help_panel=INPUT),
+    ] = None,
     batch: Annotated[int, Option(min=1)] = 64,
     device: Device = "auto",
     provider: Annotated[Literal["auto", "cuda", "cpu"], Option(help="For .onnx files.")] = "auto",
-    allow_bad: Annotated[bool, Option("--allow-bad", help="Leave unreadable images out of the score.", rich_help_panel=INPUT)] = False,
-    min_top1: Annotated[float | None, Option(min=0, max=1, help="Exit 3 below this share.", rich_help_panel=RESULT)] = None,
+    allow_bad: Annotated[
+        bool, Option("--allow-bad", help="Leave unreadable images out of the score.", rich_help_panel=INPUT)
+    ] = False,
+    min_top1: Annotated[
+        float | None, Option(min=0, max=1, help="Exit 3 below this share.", rich_help_panel=RESULT)
+    ] = None,
     json: Json = False,
 ) -> None:
     """Score a model on labelled images; classes meet by name.
@@ -192,7 +219,9 @@ def evaluate(
 def export(
     onnx: Annotated[bool, Option("--onnx", help="Write ONNX.")] = False,
     ckpt: Checkpoint = None,
-    output: Annotated[Path | None, Option("-o", "--output", help="[dim]RUN/export/model.onnx[/]", rich_help_panel=RESULT)] = None,
+    output: Annotated[
+        Path | None, Option("-o", "--output", help="[dim]RUN/export/model.onnx[/]", rich_help_panel=RESULT)
+    ] = None,
     opset: Annotated[int, Option(help="ONNX operator set, 18 to 25.")] = 20,
     json: Json = False,
 ) -> None:
@@ -204,6 +233,7 @@ def export(
     """
     from vitcli import checkpoint
     from vitcli.exporters import onnx as target
+    from vitcli.report import tables
 
     if not onnx:
         raise RecipeError("no format given", "vit export --onnx")
@@ -216,18 +246,14 @@ def export(
     facts = asdict(report)
     if folder and output.parent == folder / "export":
         (output.parent / "report.json").write_text(jsons.dumps(facts, indent=1))
-    parity = report.parity
-    lines = [
-        f"wrote {report.file}: {report.megabytes} MB, opset {opset}, {report.details['nodes']} nodes, {report.seconds} s",
-        f"ONNX Runtime against the checkpoint on {parity.images} images: largest difference {parity.difference:.2g} "
-        f"(largest logit {parity.largest:.3g}), top-1 agreement {parity.agreement:.1%}",
-    ]
-    print(jsons.dumps(facts) if json else "\n".join(lines))
+    print(jsons.dumps(facts) if json else "\n".join(tables.export_lines(report)))
 
 
 @app.command(rich_help_panel="Use")
 def predict(
-    paths: Annotated[list[str], Argument(metavar="PATH...", help="Images, folders, patterns; - reads a list from stdin.")],
+    paths: Annotated[
+        list[str], Argument(metavar="PATH...", help="Images, folders, patterns; - reads a list from stdin.")
+    ],
     ckpt: Checkpoint = None,
     top: Annotated[int, Option(min=1, help="Classes for each image.", rich_help_panel=RESULT)] = 5,
     batch: Annotated[int, Option(min=1)] = 32,
@@ -305,7 +331,9 @@ def show(name: RecipeName) -> None:
 
 
 @recipes.command()
-def copy(name: RecipeName, to: Annotated[Path | None, Argument(help="File or folder. [dim]NAME.yaml[/]")] = None) -> None:
+def copy(
+    name: RecipeName, to: Annotated[Path | None, Argument(help="File or folder. [dim]NAME.yaml[/]")] = None
+) -> None:
     """Write a recipe to a file of your own."""
     print(recipe_files.copy(name, to))
 
@@ -318,12 +346,12 @@ def schema() -> None:
     print(jsons.dumps(recipe.json_schema(), indent=1))
 
 
-@recipes.command()
-def keys() -> None:
+@recipes.command("keys")
+def list_keys() -> None:
     """Every key of a recipe, with its type, default and meaning."""
-    from vitcli import recipe
+    from vitcli.recipe import keys
 
-    for key in recipe.keys():
+    for key in keys():
         print(f"{key.dotted:<30} {key.kind:<40} {key.description}")
 
 
@@ -351,7 +379,9 @@ def _resume(path: Path, json: bool) -> None:
 
     resolved = path / "recipe.resolved.yaml"
     if not resolved.is_file():
-        raise CheckpointError(f"{path} is not a run folder: it has no {resolved.name}", "--resume takes a folder under runs/")
+        raise CheckpointError(
+            f"{path} is not a run folder: it has no {resolved.name}", "--resume takes a folder under runs/"
+        )
     recipe = loader.load(resolved)
     with runs.Run(path) as run:
         outcome = fit(recipe, run, Progress(err, run.path / "train.log"))
@@ -360,14 +390,14 @@ def _resume(path: Path, json: bool) -> None:
 
 def _finish(outcome: Outcome, json: bool) -> None:
     """Say how training ended, and what to type next."""
+    from vitcli.report import tables
+
     if outcome.signal:
         _print_error(f"stopped by signal {outcome.signal} after step {outcome.step} of {outcome.steps}, which is saved")
         err.print(f"hint: vit pretrain --resume {outcome.run}", highlight=False, soft_wrap=True)
         raise typer.Exit(128 + outcome.signal)
     facts = {**asdict(outcome), "run": str(outcome.run)}
-    best = "no evaluation" if outcome.best_score is None else f"best top-1 {outcome.best_score:.2%} at step {outcome.best_step}"
-    text = f"{outcome.run}: {outcome.steps} steps in {outcome.seconds:.0f} s, {best}\nnext: vit export --onnx --ckpt {outcome.run}"
-    print(jsons.dumps(facts) if json else text)
+    print(jsons.dumps(facts) if json else "\n".join(tables.outcome_lines(outcome)))
 
 
 def _refuse_with_resume(**given: object) -> None:
@@ -379,17 +409,10 @@ def _refuse_with_resume(**given: object) -> None:
 
 def _print_plan(recipe: Recipe, json: bool) -> None:
     from vitcli.plan import plan
+    from vitcli.report import tables
 
-    made: Plan = plan(recipe)
-    hours = made.seconds / 3600
-    lines = [
-        f"model       {recipe.model.variant or 'custom'}, {made.parameters / 1e6:,.2f} M parameters, {made.classes:,} classes",
-        f"image       {recipe.data.res[0]}x{recipe.data.res[1]}, {made.tokens} tokens, {made.gflops:,.2f} GFLOPs forward",
-        f"training    {made.steps:,} steps of {recipe.batch:,} images, {made.epochs:.4g} epochs of {made.images:,}",
-        f"memory      about {made.memory / 2**30:,.1f} GiB for {recipe.runtime.micro_batch or recipe.batch:,} images at a time",
-        f"time        about {f'{hours:,.1f} h' if hours > 1 else f'{made.seconds:,.0f} s'} on {made.device}",
-    ]
-    print(jsons.dumps(asdict(made)) if json else "\n".join(lines))
+    made = plan(recipe)
+    print(jsons.dumps(asdict(made)) if json else "\n".join(tables.plan_lines(made, recipe)))
 
 
 def _source(data: str) -> dict[str, Any]:
@@ -405,7 +428,7 @@ def _images_to_score(ckpt: Path, data: str | None) -> Dataset:
 
     if data is not None:
         found = _source(data)
-        return Digits().open("val") if found["name"] == "digits" else Folder(path=data).open_for_scoring()
+        return Digits().open("val") if found["name"] == "digits" else Folder.parse({"path": data}).open_for_scoring()
     trained = None if ckpt.suffix == ".onnx" else checkpoint.load(ckpt)
     if trained is None or trained.recipe is None:
         raise DataError("no --data given", f"{ckpt} does not say what it was trained on: --data FOLDER")
@@ -443,7 +466,7 @@ def _answer(json: bool, as_json: Any, as_table: Any, as_lines: Any) -> None:
 
 
 def _print_error(message: str) -> None:
-    err.print(f"[bold red]error:[/] {''.join(message).replace('[', chr(92) + '[')}", highlight=False, soft_wrap=True)
+    err.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -461,7 +484,7 @@ def main() -> None:
         code = error.exit_code
     except typer.Exit as ended:
         code = ended.exit_code
-    except UsageError as error:
+    except UsageError as error:  # pyright: ignore[reportGeneralTypeIssues]
         _print_error(error.format_message())
         err.print("hint: vit COMMAND --help shows what it takes", highlight=False, markup=False)
         code = error.exit_code

@@ -122,7 +122,10 @@ def _unknown(schema: type[Schema], path: Path, data: Any) -> tuple[set[Path], st
     """The sections for which an unknown key may have been meant, and what to say of it."""
     section, name = path[:-1], str(path[-1])
     here = list(dict.fromkeys(str(key.path[-1]) for key in _fields(schema, section, data)))
-    if there := [key for key in _table(schema) if key.path[-1] == name]:
+    there = [key for key in _table(schema) if key.path[-1] == name]
+    if others := [key.choice for key in there if key.path == path]:
+        return set(), f"unknown key here; it is for name: {' or '.join(others)}"
+    if there:
         nearest = min(there, key=lambda key: len(key.path))
         return {key.path[:-1] for key in there}, f"unknown key here (it is {nearest.dotted})"
     if near := difflib.get_close_matches(name.lower().replace("-", "_")[:60], here, 1, cutoff=0.5):

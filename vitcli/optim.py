@@ -103,7 +103,7 @@ def update(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
         if group["decay"] and lr:
             with torch.no_grad():
-                torch._foreach_mul_(group["params"], 1 - lr * group["decay"])
+                torch._foreach_mul_(group["params"], 1 - lr * group["decay"])  # pyright: ignore[reportPrivateImportUsage]
     optimizer.step()
     optimizer.zero_grad()
 
@@ -137,7 +137,7 @@ class Average:
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
-        self.live = dict(module.named_parameters())
+        self.live: dict[str, Tensor] = dict(module.named_parameters())
         self.tensors = {name: p.detach().clone() for name, p in self.live.items()}
 
     def update(self, step: int) -> None:
@@ -146,7 +146,8 @@ class Average:
 
         decay = min(self.decay, (1 + step) / (10 + step))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.tensors.values()), list(self.live.values()), 1 - decay)
+            averages, live = list(self.tensors.values()), list(self.live.values())
+            torch._foreach_lerp_(averages, live, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def swap(self) -> None:
         """Exchange the average and the live weights; a second call puts them back."""

@@ -131,11 +131,15 @@ def check(tree: Tree) -> Recipe:
         found += [new for new in explained if not any(new.path[:n] in known for n in range(len(new.path) + 1))]
         recipe = None
     if recipe is None or found:
-        sizeless = any(mistake.path[:1] == ("model",) and "missing" in mistake.message for mistake in found)
-        raise RecipeError(
-            mistakes.lines(found), "a recipe for fine-tuning takes its model from --ckpt" if sizeless else ""
-        )
+        lacking = {mistake.path for mistake in found if "missing" in mistake.message}
+        raise RecipeError(mistakes.lines(found), "; ".join(_HINTS[path] for path in _HINTS if path in lacking))
     return recipe
+
+
+_HINTS = {
+    ("model",): "a recipe for fine-tuning takes its model from --ckpt",
+    ("data", "source"): "give the images by --data, or as data.source",
+}
 
 
 def read(name_or_path: str | Path) -> Tree:
@@ -200,8 +204,9 @@ def keys() -> list[schema.Key]:
 def json_schema() -> dict[str, Any]:
     """A JSON schema of recipes, for editors."""
     described = Recipe.model_json_schema(schema_generator=_Described)
-    described["$defs"]["ViTConfig"].pop("required")  # `variant` and `pool` imply them
-    described["required"].remove("model")  # and a checkpoint brings the whole section
+    for part in ("ViTConfig", "DataConfig"):  # `variant` and `pool`, a checkpoint or --data bring what is required
+        described["$defs"][part].pop("required")
+    described["required"].remove("model")
     return {"$schema": GenerateJsonSchema.schema_dialect, **described}
 
 

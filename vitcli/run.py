@@ -1,7 +1,7 @@
 """A run folder: its name, its lock, its log of metrics.
 
-    recipe.yaml  recipe.resolved.yaml  env.json  metrics.jsonl  results.png
-    checkpoints/step_00012000/  best/  last/  export/
+recipe.yaml  recipe.resolved.yaml  env.json  metrics.jsonl  results.png
+checkpoints/step_00012000/  best/  last/  export/
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class Run:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "another process"
             self._lock.close()
-            raise LockedError(f"{path} is in use by {owner}", "wait for it, or choose another folder with --run") from None
+            raise LockedError(
+                f"{path} is in use by {owner}", "wait for it, or choose another folder with --run"
+            ) from None
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
@@ -85,14 +87,14 @@ class Run:
 
 def create(name: str, path: Path | None = None) -> Run:
     """A new run folder: `path`, which must not hold a run yet, or runs/NAME, runs/NAME-2, …"""
-    for path in [path] if path else _names(name):
+    for folder in [path] if path else _names(name):
         try:
-            path.mkdir(parents=True)
+            folder.mkdir(parents=True)
         except FileExistsError:
             continue
         except OSError as error:
-            raise StorageError(f"cannot make the run folder {path}: {error.strerror}") from error
-        return Run(path)
+            raise StorageError(f"cannot make the run folder {folder}: {error.strerror}") from error
+        return Run(folder)
     raise CheckpointError(f"{path} exists already", f"continue it with --resume {path}, or choose another --run")
 
 
@@ -107,6 +109,7 @@ def newest_finished() -> Path:
     finished = [marker.parent for marker in RUNS.glob("*/last")]
     if not finished:
         raise CheckpointError(
-            f"no finished run under {RUNS}/ and no --ckpt given", "give --ckpt PATH, or train one: vit pretrain quickstart"
+            f"no finished run under {RUNS}/ and no --ckpt given",
+            "give --ckpt PATH, or train one: vit pretrain quickstart",
         )
     return max(finished, key=lambda path: (path / "last").stat().st_mtime_ns)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field, PositiveInt
 
@@ -18,6 +18,8 @@ from vitcli.schema import Schema
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    Module = TypeVar("Module", bound=nn.Module)
 
 
 class RuntimeConfig(Schema):
@@ -41,7 +43,7 @@ class Runtime:
     compile: bool
     threads: int
 
-    def prepare(self, module: nn.Module) -> nn.Module:
+    def prepare(self, module: Module) -> Module:
         """Move a module to the device and set how it computes; its parameters keep their names."""
         from vitcli.model.attention import Attention, explicit_attention
 
@@ -133,7 +135,9 @@ def _device(name: str) -> torch.device:
         name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
     if not there[name]:
         known = ", ".join(kind for kind, found in there.items() if found)
-        raise RecipeError(f"runtime.device: {name} is not available here", f"available: {known}; `vit doctor` says more")
+        raise RecipeError(
+            f"runtime.device: {name} is not available here", f"available: {known}; `vit doctor` says more"
+        )
     return torch.device(name)
 
 

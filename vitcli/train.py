@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from vitcli.data.sources import Dataset
     from vitcli.recipe import Recipe
     from vitcli.run import Run
 
@@ -65,7 +64,9 @@ def fit(recipe: Recipe, run: Run, progress: Progress, trained: Trained | None = 
     train_set, val_set = recipe.data.source.open("train"), recipe.data.source.open("val")
     classes = train_set.classes
     if recipe.data.classes not in (None, len(classes)):
-        raise DataError(f"the data has {len(classes)} classes, the recipe says {recipe.data.classes}", "mend data.classes")
+        raise DataError(
+            f"the data has {len(classes)} classes, the recipe says {recipe.data.classes}", "mend data.classes"
+        )
     per_epoch = epoch_steps(train_set, recipe.batch)
     steps = recipe.steps or max(1, round((recipe.epochs or 0) * per_epoch))
     warmup = recipe.optim.warmup(per_epoch)
@@ -173,7 +174,7 @@ def _due(step: int, every: int, steps: int) -> bool:
 
 
 def _micro_batches(images: Tensor, targets: Tensor, size: int | None) -> Iterator[tuple[dict[str, Tensor], float]]:
-    """Parts of a batch that fit into memory, each with its share of the batch; their gradients add up to the batch's."""
+    """Parts of a batch that fit into memory, each with its share; their gradients add up to the whole batch's."""
     count = len(images)
     for first in range(0, count, size or count):
         part = slice(first, first + (size or count))

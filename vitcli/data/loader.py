@@ -30,7 +30,8 @@ from vitcli.rng import Stream
 
 CHUNK = 256  # images that a process loads at a time: a larger batch comes in parts
 TRIES = 100  # how often a replacement for one broken image is sought
-FEW, SMALL, MOST_WORKERS = 1000, 64, 16  # fewer images, or smaller ones in memory, are loaded by this process
+FEW, SMALL = 1000, 64  # fewer images, or images in memory of at most this side, are loaded by this process
+MOST_WORKERS = 16  # beyond, handing over costs more than another process brings
 
 Batch = dict[str, Any]
 

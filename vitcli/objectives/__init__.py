@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Objective(Schema):
     """A recipe's `objective`: a loss, and the trained parts that it needs besides the ViT."""
 
-    def extra(self, model: ViT) -> dict[str, nn.Module]:
+    def parts(self, model: ViT) -> dict[str, nn.Module]:
         """Trained modules besides the ViT, by name; they appear as attributes of the `ObjectiveModule`."""
         return {}
 

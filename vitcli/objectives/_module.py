@@ -15,7 +15,7 @@ class ObjectiveModule(nn.Module):
         super().__init__()
         self.objective = objective
         self.model = model
-        for name, part in objective.extra(model).items():
+        for name, part in objective.parts(model).items():
             self.add_module(name, part)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,9 @@ class Classify(Objective):
     """Cross-entropy, or a sigmoid for each class as in the ImageNet-21k recipes."""
 
     name: Literal["classify"] = "classify"
-    loss: Literal["softmax", "sigmoid"] = Field("softmax", description="sigmoid is summed over the classes, as big_vision")
+    loss: Literal["softmax", "sigmoid"] = Field(
+        "softmax", description="sigmoid is summed over the classes, as big_vision"
+    )
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
 
     def losses(self, module: ObjectiveModule, batch: dict[str, Tensor]) -> dict[str, Tensor]:

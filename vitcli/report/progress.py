@@ -55,7 +55,9 @@ class Progress:
         if self._bar:
             self._bar.update(self._task, completed=step)
 
-    def log(self, step: int, *, loss: float, lr: float, images_per_second: float, waiting: float, **rest: float) -> None:
+    def log(
+        self, step: int, *, loss: float, lr: float, images_per_second: float, waiting: float, **rest: float
+    ) -> None:
         """New means are known."""
         values = [f"loss {loss:.4f}", f"lr {lr:.2e}", f"{images_per_second:,.0f} img/s", f"waiting {waiting:.0%}"]
         values += [f"{key} {value:.4f}" for key, value in rest.items()]

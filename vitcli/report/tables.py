@@ -13,8 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from vitcli.exporters import Report
     from vitcli.inference import Answer, Scores
+    from vitcli.plan import Plan
+    from vitcli.recipe import Recipe
     from vitcli.report.doctor import Finding
+    from vitcli.train import Outcome
 
 CSV_HEADER = ("path", "rank", "class", "name", "probability", "error")
 
@@ -114,6 +118,37 @@ def findings_json(findings: Iterable[Finding]) -> str:
 
 def _marked(finding: Finding) -> str:
     return ("" if finding.ok else "PROBLEM: ") + printable(finding.value)
+
+
+def plan_lines(plan: Plan, recipe: Recipe) -> Iterator[str]:
+    """What a training would take."""
+    height, width = recipe.data.res
+    at_a_time = recipe.runtime.micro_batch or recipe.batch
+    hours = plan.seconds / 3600
+    time = f"{hours:,.1f} h" if hours >= 1 else f"{plan.seconds:,.0f} s"
+    name = recipe.model.variant or "custom"
+    yield f"model     {name}, {plan.parameters / 1e6:,.2f} M parameters, {plan.classes:,} classes"
+    yield f"image     {height}x{width}, {plan.tokens} tokens, {plan.gflops:,.2f} GFLOPs forward"
+    yield f"training  {plan.steps:,} steps of {recipe.batch:,} images, {plan.epochs:.4g} epochs of {plan.images:,}"
+    yield f"memory    about {plan.memory / 2**30:,.1f} GiB for {at_a_time:,} images at a time"
+    yield f"time      about {time} on {plan.device}"
+
+
+def outcome_lines(outcome: Outcome) -> Iterator[str]:
+    """How a run ended well, and what to type next."""
+    best = f"best top-1 {outcome.best_score:.2%} at step {outcome.best_step}" if outcome.best_score is not None else ""
+    yield f"{outcome.run}: {outcome.steps} steps in {outcome.seconds:.0f} s, {best}"
+    yield f"next: vit export --onnx --ckpt {outcome.run}"
+
+
+def export_lines(report: Report) -> Iterator[str]:
+    """What was exported, and how it agrees."""
+    parity, details = report.parity, ", ".join(f"{key} {value}" for key, value in report.details.items())
+    yield f"wrote {report.file}: {report.megabytes} MB, {details}, {report.seconds} s"
+    yield (
+        f"against the checkpoint on {parity.images} images: largest difference {parity.difference:.2g} "
+        f"(largest logit {parity.largest:.3g}), top-1 agreement {parity.agreement:.1%}"
+    )
 
 
 def _answer(answer: Answer) -> dict[str, Any]:

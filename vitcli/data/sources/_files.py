@@ -21,7 +21,7 @@ class Files(Dataset):
     """
 
     def __init__(self, root: str, names: Sequence[str], labels: Sequence[int] | np.ndarray, classes: Sequence[str]):
-        self.root, self.classes = root, tuple(classes)
+        self.root, self.classes = os.path.abspath(root), tuple(classes)  # loader processes may stand elsewhere
         self.labels = np.asarray(labels, dtype=np.int64)
         encoded = [os.fsencode(name) for name in names]
         self.identity = b"\0".join(encoded)
