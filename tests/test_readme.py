@@ -26,7 +26,6 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.xdist_group("tour")
 @pytest.mark.parametrize("line", TOUR)
 def test_the_tour(vit, folder, monkeypatch, line):
     monkeypatch.chdir(folder)
