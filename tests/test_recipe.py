@@ -426,8 +426,8 @@ def test_many_mistakes_end_with_their_number(told):
     ("sets", "line"),
     [
         (["data.res=9"], "--set data.res: resolution 9x9 is not divisible by 4; the nearest is 8"),
-        (["optim.warmup_steps=11"], "--set optim.warmup_steps: warm-up of 11 steps is longer than steps: 10"),
-        (["epochs=3", "optim.warmup_epochs=4"], "warm-up of 4.0 epochs is longer than epochs: 3.0"),
+        (["optim.warmup_steps=11"], "--set optim.warmup_steps: 11 is more than steps: 10"),
+        (["epochs=3", "optim.warmup_epochs=4"], "optim.warmup_epochs: 4.0 is more than epochs: 3.0"),
         (["runtime.micro_batch=512"], "--set runtime.micro_batch: 512 is more than batch: 256"),
         (["data.resize=7"], "--set data.resize: 7 leaves too little"),
         (["data.augment.area=[0.5, 0.1]"], "--set data.augment.area: [0.5, 0.1] is no range"),

@@ -132,3 +132,20 @@ def test_other_data_is_refused(undisturbed, tmp_path):
     said = finish(start(tmp_path))
     assert said.code == 4
     assert "not those that the run began with" in said.err
+
+
+def test_a_fine_tuning_killed_before_its_first_checkpoint_starts_from_its_weights_again(undisturbed, tmp_path):
+    tuning = sets(
+        "data.source=digits", "batch=64", "steps=4", "optim.warmup_steps=1", "runtime.threads=1", "log_every=1"
+    )
+    command = ["finetune", "--ckpt", undisturbed, "--res", "8", *tuning, *sets("runtime.precision=fp32")]
+    assert finish(process(*command, "--run", "whole", cwd=tmp_path)).code == 0
+    assert finish(process(*command, "--run", "run", cwd=tmp_path)).code == 0
+    for left in ("checkpoints", "best", "last"):
+        shutil.rmtree(tmp_path / "run" / left)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    said = finish(start(tmp_path))
+    assert said.code == 0, said.err
+    assert "starting from" in said.err
+    ended = [(tmp_path / name / "last" / "model.safetensors").read_bytes() for name in ("whole", "run")]
+    assert ended[0] == ended[1]

@@ -170,7 +170,7 @@ def finetune(
     if dry_run:
         _print_plan(loaded, json)
         return
-    _train(loaded, recipe_files.text(recipe), Path(recipe).stem, run, json, trained)
+    _train(loaded, recipe_files.text(recipe), Path(recipe).stem, run, json, ckpt, trained)
 
 
 @app.command(name="eval", rich_help_panel="Use")
@@ -355,8 +355,16 @@ def list_keys() -> None:
         print(f"{key.dotted:<30} {key.kind:<40} {key.description}")
 
 
-def _train(recipe: Recipe, text: str, name: str, path: Path | None, json: bool, trained: Trained | None = None) -> None:
-    """Train in a new run folder."""
+def _train(
+    recipe: Recipe,
+    text: str,
+    name: str,
+    path: Path | None,
+    json: bool,
+    ckpt: Path | None = None,
+    trained: Trained | None = None,
+) -> None:
+    """Train in a new run folder, from scratch or from `trained`, which `ckpt` holds."""
     from vitcli import recipe as loader
     from vitcli import run as runs
     from vitcli.report.progress import Progress
@@ -364,6 +372,8 @@ def _train(recipe: Recipe, text: str, name: str, path: Path | None, json: bool, 
 
     with runs.create(name, path) as run:
         run.write("recipe.yaml", text)
+        if ckpt:
+            run.write("start.json", jsons.dumps({"ckpt": str(ckpt.resolve())}))
         run.write("recipe.resolved.yaml", loader.dump(recipe))
         err.print(f"run folder {run.path}", highlight=False)
         outcome = fit(recipe, run, Progress(err, run.path / "train.log"), trained)
@@ -371,7 +381,8 @@ def _train(recipe: Recipe, text: str, name: str, path: Path | None, json: bool, 
 
 
 def _resume(path: Path, json: bool) -> None:
-    """Train on in an old run folder."""
+    """Train on in an old run folder; one that was killed before its first checkpoint starts again as it began."""
+    from vitcli import checkpoint
     from vitcli import recipe as loader
     from vitcli import run as runs
     from vitcli.report.progress import Progress
@@ -384,7 +395,10 @@ def _resume(path: Path, json: bool) -> None:
         )
     recipe = loader.load(resolved)
     with runs.Run(path) as run:
-        outcome = fit(recipe, run, Progress(err, run.path / "train.log"))
+        start = path / "start.json"
+        fresh = start.exists() and not any(run.checkpoints.iterdir())
+        trained = checkpoint.load(Path(jsons.loads(start.read_text())["ckpt"])) if fresh else None
+        outcome = fit(recipe, run, Progress(err, run.path / "train.log"), trained)
     _finish(outcome, json)
 
 
@@ -494,4 +508,7 @@ def main() -> None:
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except Exception as error:
+        _print_error(f"a bug: {type(error).__name__}: {error}")
+        err.print("hint: VIT_DEBUG=1 shows where; please report it", highlight=False, markup=False)
     sys.exit(code)

@@ -36,6 +36,12 @@ class NumericsError(UserError):
     exit_code = 5
 
 
+class MemoryExhaustedError(UserError):
+    """The batch does not fit into the device's memory."""
+
+    exit_code = 6
+
+
 class LockedError(UserError):
     """Another process is using the run folder."""
 

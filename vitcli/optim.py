@@ -42,6 +42,20 @@ class OptimConfig(Schema):
     def _check(self) -> OptimConfig:
         if self.warmup_steps is not None and self.warmup_epochs is not None:
             raise wrong("warmup_epochs", "give warmup_steps or warmup_epochs, not both")
+        if self.end_lr > self.lr:
+            raise wrong("end_lr", f"{self.end_lr} is more than lr: {self.lr}")
+        falling, level = ("cosine", "linear"), ("rsqrt", "constant")
+        for key, chosen, needs in (
+            ("momentum", self.name, ("sgd",)),
+            ("beta1", self.name, ("adam",)),
+            ("beta2", self.name, ("adam",)),
+            ("eps", self.name, ("adam",)),
+            ("timescale", self.schedule, ("rsqrt",)),
+            ("cooldown_steps", self.schedule, level),
+            ("end_lr", self.schedule, falling + level if self.cooldown_steps else falling),
+        ):
+            if chosen not in needs and getattr(self, key) != type(self).model_fields[key].default:
+                raise wrong(key, f"has no effect with {chosen}; it is for {' and '.join(needs)}")
         return self
 
     def warmup(self, steps_per_epoch: float) -> int:

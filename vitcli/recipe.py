@@ -53,34 +53,16 @@ class Recipe(Schema):
             self.model.grid(self.data.res)
         except ValueError as error:
             raise wrong("data.res", str(error)) from None
-        _check_optim(self.optim, self.epochs, self.steps)
+        for key, length, limit in (
+            ("warmup_steps", self.optim.warmup_steps, self.steps),
+            ("warmup_epochs", self.optim.warmup_epochs, self.epochs),
+            ("cooldown_steps", self.optim.cooldown_steps, self.steps),
+        ):
+            if limit and (length or 0) > limit:
+                raise wrong(f"optim.{key}", f"{length} is more than {key.split('_')[1]}: {limit}")
         if (self.runtime.micro_batch or 0) > self.batch:
             raise wrong("runtime.micro_batch", f"{self.runtime.micro_batch} is more than batch: {self.batch}")
         return self
-
-
-def _check_optim(optim: OptimConfig, epochs: float | None, steps: int | None) -> None:
-    """Schedules that do not fit into training, and settings of one optimiser or schedule beside another."""
-    if steps and (optim.warmup_steps or 0) > steps:
-        raise wrong("optim.warmup_steps", f"warm-up of {optim.warmup_steps} steps is longer than steps: {steps}")
-    if epochs and (optim.warmup_epochs or 0) > epochs:
-        raise wrong("optim.warmup_epochs", f"warm-up of {optim.warmup_epochs} epochs is longer than epochs: {epochs}")
-    if steps and optim.cooldown_steps > steps:
-        raise wrong("optim.cooldown_steps", f"{optim.cooldown_steps} is more than steps: {steps}")
-    if optim.end_lr > optim.lr:
-        raise wrong("optim.end_lr", f"{optim.end_lr} is more than lr: {optim.lr}")
-    falling = ("cosine", "linear")
-    for key, chosen, needs in (
-        ("momentum", optim.name, ("sgd",)),
-        ("beta1", optim.name, ("adam",)),
-        ("beta2", optim.name, ("adam",)),
-        ("eps", optim.name, ("adam",)),
-        ("timescale", optim.schedule, ("rsqrt",)),
-        ("cooldown_steps", optim.schedule, ("rsqrt", "constant")),
-        ("end_lr", optim.schedule, ("rsqrt", "constant", *falling) if optim.cooldown_steps else falling),
-    ):
-        if chosen not in needs and getattr(optim, key) != OptimConfig.model_fields[key].default:
-            raise wrong(f"optim.{key}", f"has no effect with {chosen}; it is for {' and '.join(needs)}")
 
 
 # A key that a layer gives takes these keys of the same section away from the layers under it, which it contradicts.

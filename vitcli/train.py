@@ -34,13 +34,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `signal` is the one that stopped it early, or None."""
+    """How a run ended. `bad_images` were unreadable and replaced; `signal` stopped it early, or is None."""
 
     run: Path
     step: int
     steps: int
     best_score: float | None
     best_step: int
+    bad_images: int
     seconds: float
     signal: int | None
 
@@ -70,6 +71,8 @@ def fit(recipe: Recipe, run: Run, progress: Progress, trained: Trained | None = 
     per_epoch = epoch_steps(train_set, recipe.batch)
     steps = recipe.steps or max(1, round((recipe.epochs or 0) * per_epoch))
     warmup = recipe.optim.warmup(per_epoch)
+    if warmup > steps:
+        progress.note(f"warning: the warm-up of {warmup} steps is longer than the training of {steps}")
     eval_every = recipe.eval_every or per_epoch
     save_every = recipe.save_every or eval_every
 
@@ -112,7 +115,12 @@ def fit(recipe: Recipe, run: Run, progress: Progress, trained: Trained | None = 
     batches = train_batches(
         recipe.data, train_set, batch=recipe.batch, seed=recipe.seed, start=position.step, steps=steps
     )
-    with _Stop() as stop, progress.training(position.step, steps, recipe.batch):
+    at_a_time = recipe.runtime.micro_batch or recipe.batch
+    with (
+        _Stop() as stop,
+        runtimes.memory_errors(at_a_time),
+        progress.training(position.step, steps, recipe.batch),
+    ):
         module.train()
         while True:
             if _due(position.step, eval_every, steps) and position.scored_step < position.step:
@@ -127,13 +135,15 @@ def fit(recipe: Recipe, run: Run, progress: Progress, trained: Trained | None = 
             step, asked = position.step, time.monotonic()
             batch = next(batches)
             meter.wait(time.monotonic() - asked)
-            position.bad_images += len(batch.pop("bad", ()))
+            for bad in batch.pop("bad", ()):
+                position.bad_images += 1
+                progress.note(f"replaced an unreadable image: {bad}")
             batch = runtime.put(batch)
             images = normalise(batch["images"], recipe.data)
             targets = one_hot(batch["labels"], len(classes))
             images, targets = mix(images, targets, recipe.data.augment, rng.generator(recipe.seed, Stream.MIX, step))
 
-            for index, (part, share) in enumerate(_micro_batches(images, targets, recipe.runtime.micro_batch)):
+            for index, (part, share) in enumerate(_micro_batches(images, targets, at_a_time)):
                 runtimes.seed(rng.torch_seed(recipe.seed, Stream.MODEL, step, index))
                 with runtime.autocast():
                     losses = module(part)
@@ -164,6 +174,7 @@ def fit(recipe: Recipe, run: Run, progress: Progress, trained: Trained | None = 
         steps=steps,
         best_score=position.best_score,
         best_step=position.best_step,
+        bad_images=position.bad_images,
         seconds=time.monotonic() - begin,
         signal=stop.signal,
     )
@@ -173,11 +184,11 @@ def _due(step: int, every: int, steps: int) -> bool:
     return step > 0 and (step % every == 0 or step == steps)
 
 
-def _micro_batches(images: Tensor, targets: Tensor, size: int | None) -> Iterator[tuple[dict[str, Tensor], float]]:
+def _micro_batches(images: Tensor, targets: Tensor, size: int) -> Iterator[tuple[dict[str, Tensor], float]]:
     """Parts of a batch that fit into memory, each with its share; their gradients add up to the whole batch's."""
     count = len(images)
-    for first in range(0, count, size or count):
-        part = slice(first, first + (size or count))
+    for first in range(0, count, size):
+        part = slice(first, first + size)
         yield {"images": images[part], "targets": targets[part]}, len(images[part]) / count
 
 

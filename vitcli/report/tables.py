@@ -138,6 +138,8 @@ def outcome_lines(outcome: Outcome) -> Iterator[str]:
     """How a run ended well, and what to type next."""
     best = f"best top-1 {outcome.best_score:.2%} at step {outcome.best_step}" if outcome.best_score is not None else ""
     yield f"{outcome.run}: {outcome.steps} steps in {outcome.seconds:.0f} s, {best}"
+    if outcome.bad_images:
+        yield f"{outcome.bad_images} unreadable images were replaced; train.log names them"
     yield f"next: vit export --onnx --ckpt {outcome.run}"
 
 

@@ -1,0 +1,195 @@
+"""Learning rates against closed forms, updates against torch's own optimisers, the average against its formula."""
+
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+from torch.nn import functional as F
+
+from vitcli import optim
+from vitcli.model import ViTConfig
+from vitcli.optim import OptimConfig
+
+STEPS, WARMUP, LR, END = 100, 10, 1e-3, 1e-5
+MIDDLE = (LR + END) / 2
+
+# schedule, further settings, {step: learning rate}
+SCHEDULES = [
+    ("cosine", {"end_lr": END}, {10: LR, 32.5: END + (LR - END) * (2 + math.sqrt(2)) / 4, 55: MIDDLE, 100: END}),
+    ("cosine", {}, {10: LR, 40: LR * 3 / 4, 55: LR / 2, 70: LR / 4, 100: 0.0}),
+    ("linear", {"end_lr": END}, {10: LR, 55: MIDDLE, 91: END + (LR - END) / 10, 100: END}),
+    ("rsqrt", {"timescale": 30}, {10: LR, 40: LR / math.sqrt(2), 100: LR / 2}),
+    (
+        "rsqrt",
+        {"timescale": 30, "cooldown_steps": 20, "end_lr": END},
+        {40: LR / math.sqrt(2), 80: LR / math.sqrt(10 / 3), 85: END + (LR / math.sqrt(3.5) - END) * 3 / 4, 100: END},
+    ),
+    ("constant", {}, {10: LR, 50: LR, 100: LR}),
+    ("constant", {"cooldown_steps": 20}, {79: LR, 80: LR, 85: LR * 3 / 4, 90: LR / 2, 99: LR / 20, 100: 0.0}),
+]
+
+
+@pytest.mark.parametrize(("schedule", "settings", "expected"), SCHEDULES)
+def test_a_schedule_is_its_closed_form(schedule, settings, expected):
+    config = OptimConfig.parse({"lr": LR, "schedule": schedule, **settings})
+    for step, lr in expected.items():
+        assert optim.learning_rate(config, step, STEPS, WARMUP) == pytest.approx(lr, rel=1e-12, abs=1e-18), step
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "rsqrt", "constant"])
+def test_warm_up_is_a_straight_line_from_0(schedule):
+    config = OptimConfig.parse({"lr": LR, "schedule": schedule})
+    rates = [optim.learning_rate(config, step, STEPS, WARMUP) for step in range(WARMUP + 1)]
+    assert rates == pytest.approx([LR * step / WARMUP for step in range(WARMUP + 1)], rel=1e-12)
+    assert rates[0] == 0.0
+    assert optim.learning_rate(config, 0, STEPS, 0) == LR
+
+
+def test_the_length_of_warm_up_in_steps_or_epochs():
+    assert OptimConfig().warmup(45) == 0
+    assert OptimConfig(warmup_steps=7).warmup(45) == 7
+    assert OptimConfig(warmup_epochs=2.5).warmup(45) == 112
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"end_lr": 0.1}, "0.1 is more than lr: 0.001"),
+        ({"name": "sgd", "eps": 1e-6}, "has no effect with sgd; it is for adam"),
+        ({"timescale": 5}, "has no effect with cosine; it is for rsqrt"),
+        ({"schedule": "constant", "end_lr": 1e-5}, "has no effect with constant; it is for cosine and linear"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, words):
+    with pytest.raises(ValidationError, match=words):
+        OptimConfig.parse(settings)
+
+
+KERNELS = {
+    "patch_embed.proj.weight",
+    "blocks.0.attn.qkv.weight",
+    "blocks.0.attn.proj.weight",
+    "blocks.0.mlp.fc1.weight",
+    "blocks.0.mlp.fc2.weight",
+    "pre_logits.fc.weight",
+    "head.weight",
+}
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_weight_decay_shrinks_kernels_and_nothing_else(name):
+    sizes = {"width": 16, "depth": 1, "mlp_dim": 32, "heads": 2, "patch": 4}
+    rest = {"registers": 2, "qk_norm": True, "layerscale": 0.1, "representation_size": 8}
+    model = ViTConfig.parse(sizes | rest).build(5, (8, 8))
+    before = {}
+    for key, parameter in model.named_parameters():
+        nn.init.normal_(parameter)
+        parameter.grad = torch.zeros_like(parameter)
+        before[key] = parameter.detach().clone()
+    assert before.keys() >= KERNELS | {"cls_token", "reg_token", "pos_embed", "norm.weight", "blocks.0.ls1.gamma"}
+
+    optim.update(optim.build(OptimConfig.parse({"name": name, "weight_decay": 0.3}), model), lr=0.1)
+    for key, parameter in model.named_parameters():
+        expected = before[key] * (1 - 0.1 * 0.3) if key in KERNELS else before[key]
+        assert torch.equal(parameter, expected), key
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def gradients(module: nn.Module, step: int) -> None:
+    x = torch.randn(10, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+    F.cross_entropy(module(x), torch.arange(10) % 3).backward()
+
+
+RATES = [0.0, 1e-2, 3e-2, 2e-2, 1e-2, 3e-3]
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_updates_are_those_of_torch(name):
+    ours, theirs = network(), network()
+    kernels = [p for p in theirs.parameters() if p.ndim > 1]
+    others = [p for p in theirs.parameters() if p.ndim == 1]
+    if name == "adam":
+        config = OptimConfig.parse({"weight_decay": 0.5, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6})
+        groups = [{"params": kernels}, {"params": others, "weight_decay": 0.0}]
+        reference = torch.optim.AdamW(groups, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.5)
+    else:
+        config = OptimConfig.parse({"name": "sgd", "momentum": 0.7})
+        reference = torch.optim.SGD(theirs.parameters(), lr=0.0, momentum=0.7)
+    optimizer = optim.build(config, ours)
+    for step, lr in enumerate(RATES):
+        gradients(ours, step)
+        gradients(theirs, step)
+        optim.update(optimizer, lr)
+        for group in reference.param_groups:
+            group["lr"] = lr
+        reference.step()
+        reference.zero_grad()
+        assert all(p.grad is None for p in ours.parameters())
+        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-14)
+    assert not torch.equal(ours[0].weight, network()[0].weight)
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_a_restored_state_continues_to_the_same_bits(name):
+    config = OptimConfig.parse({"name": name, "weight_decay": 0.1})
+
+    def train(module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            gradients(module, step)
+            optim.update(optimizer, 1e-2)
+
+    whole = network()
+    optimizer = optim.build(config, whole)
+    train(whole, optimizer, range(3))
+    weights = {key: value.clone() for key, value in whole.state_dict().items()}
+    kept = {key: value.clone() for key, value in optim.state(optimizer, whole).items()}
+    assert {key.partition("/")[0] for key in kept} == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    train(whole, optimizer, range(3, 6))
+
+    def continued(state: dict[str, torch.Tensor]) -> nn.Module:
+        module = network()
+        module.load_state_dict(weights)
+        optimizer = optim.build(config, module)
+        optim.load_state(optimizer, module, state)
+        train(module, optimizer, range(3, 6))
+        return module
+
+    without = continued({})
+    restored = continued(kept)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(restored.state_dict()[key], value), key
+        assert not torch.equal(without.state_dict()[key], value), key
+
+
+def test_the_average_follows_its_formula():
+    module = nn.Linear(3, 2).double()
+    average = optim.Average(module, decay=0.35)
+    expected = {name: p.detach().clone() for name, p in module.named_parameters()}
+    for step, decay in enumerate([1 / 10, 2 / 11, 3 / 12, 4 / 13, 0.35, 0.35]):
+        for name, parameter in module.named_parameters():
+            nn.init.normal_(parameter)
+            expected[name] = decay * expected[name] + (1 - decay) * parameter.detach()
+        average.update(step)
+    for name, value in expected.items():
+        torch.testing.assert_close(average.tensors[name], value, rtol=1e-12, atol=1e-14)
+
+
+def test_swapping_the_average_twice_changes_nothing():
+    module = nn.Linear(3, 2)
+    average = optim.Average(module, decay=0.9)
+    nn.init.normal_(module.weight)
+    live, mean = module.weight.detach().clone(), average.tensors["weight"].clone()
+    assert not torch.equal(live, mean)
+    average.swap()
+    assert torch.equal(module.weight, mean)
+    assert torch.equal(average.tensors["weight"], live)
+    average.swap()
+    assert torch.equal(module.weight, live)
+    assert torch.equal(average.tensors["weight"], mean)
