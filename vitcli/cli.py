@@ -6,20 +6,17 @@ stdout holds the answer only; all else goes to stderr. torch is loaded inside a 
 from __future__ import annotations
 
 import json as jsons
-import os
-import sys
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from typer import Argument, Option
 
-from vitcli import __version__, recipe_files
-from vitcli.errors import CheckpointError, DataError, RecipeError, UserError
+from vitcli import __version__, console
+from vitcli.console import answer, err, out, print_error
+from vitcli.errors import DataError, RecipeError
+from vitcli.recipe_commands import recipe_names, recipes
 
 if TYPE_CHECKING:
     from vitcli.checkpoint import Trained
@@ -33,18 +30,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-recipes = typer.Typer(help="The recipes that come with vitcli.", no_args_is_help=True)
 app.add_typer(recipes, name="recipes", rich_help_panel="Look")
-
-out, err = Console(), Console(stderr=True)
-UsageError = typer.BadParameter.__mro__[2]  # of all mistakes of usage; typer 0.29 has a copy of click's of its own
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 RESULT, TRAIN, INPUT = "Result", "Training", "Input"
-
-
-def _recipe_names(incomplete: str) -> list[str]:
-    return [name for name in recipe_files.shipped() if name.startswith(incomplete)]
 
 
 def _recipe_keys(incomplete: str) -> list[str]:
@@ -86,7 +75,7 @@ def _vit(version: Annotated[bool, Option("--version", help="Print the version.")
 @app.command(rich_help_panel="Train")
 def pretrain(
     recipe: Annotated[
-        str | None, Argument(help="Name of a shipped recipe, or a .yaml file.", autocompletion=_recipe_names)
+        str | None, Argument(help="Name of a shipped recipe, or a .yaml file.", autocompletion=recipe_names)
     ] = None,
     sets: Set = None,
     run: RunFolder = None,
@@ -102,11 +91,12 @@ def pretrain(
 
     vit pretrain --resume runs/b16_in21k
     """
+    from vitcli import launch
     from vitcli import recipe as loader
 
     if resume:
         _refuse_with_resume(recipe=recipe, set=sets, run=run)
-        _resume(resume, json)
+        _finish(launch.resume(resume), json)
         return
     if recipe is None:
         raise RecipeError("no recipe given", "vit pretrain quickstart, or `vit recipes` for the others")
@@ -114,7 +104,7 @@ def pretrain(
     if dry_run:
         _print_plan(loaded, json)
         return
-    _train(loaded, recipe_files.text(recipe), Path(recipe).stem, run, json)
+    _finish(launch.begin(loaded, recipe, run), json)
 
 
 @app.command(rich_help_panel="Train")
@@ -130,7 +120,7 @@ def finetune(
     ] = None,
     res: Annotated[int | None, Option(min=1, help="Resolution in pixels.", rich_help_panel=INPUT)] = None,
     recipe: Annotated[
-        str, Option(help="Name of a shipped recipe, or a .yaml file.", autocompletion=_recipe_names)
+        str, Option(help="Name of a shipped recipe, or a .yaml file.", autocompletion=recipe_names)
     ] = "finetune",
     sets: Set = None,
     run: RunFolder = None,
@@ -144,12 +134,12 @@ def finetune(
 
     vit finetune --ckpt runs/b16_in21k --recipe finetune_cifar10 --set optim.lr=0.01
     """
-    from vitcli import checkpoint
+    from vitcli import checkpoint, launch
     from vitcli import recipe as loader
 
     if resume:
         _refuse_with_resume(ckpt=ckpt, data=data, classes=classes, res=res, set=sets, run=run)
-        _resume(resume, json)
+        _finish(launch.resume(resume), json)
         return
     if ckpt is None:
         raise RecipeError("no --ckpt given", "vit finetune --ckpt WEIGHTS --data FOLDER; without weights: vit pretrain")
@@ -170,7 +160,7 @@ def finetune(
     if dry_run:
         _print_plan(loaded, json)
         return
-    _train(loaded, recipe_files.text(recipe), Path(recipe).stem, run, json, ckpt, trained)
+    _finish(launch.begin(loaded, recipe, run, ckpt, trained), json)
 
 
 @app.command(name="eval", rich_help_panel="Use")
@@ -205,7 +195,7 @@ def evaluate(
     dataset = _images_to_score(ckpt, data)
     with err.status(f"scoring {len(dataset):,} images"):
         scores = score(predictor, dataset, batch=batch, workers=None, allow_bad=allow_bad)
-    _answer(
+    answer(
         json,
         lambda: tables.scores_json(scores, str(ckpt)),
         lambda: tables.scores_table(scores),
@@ -281,9 +271,9 @@ def predict(
 
     def counted() -> Any:
         nonlocal failed
-        for answer in inference.predict(predictor, images, top=top, batch=batch):
-            failed += answer.error is not None
-            yield answer
+        for found in inference.predict(predictor, images, top=top, batch=batch):
+            failed += found.error is not None
+            yield found
 
     if jsonl or csv or not (json or out.is_terminal):
         form = tables.answers_jsonl if jsonl else tables.answers_csv if csv else tables.answers_lines
@@ -294,7 +284,7 @@ def predict(
     else:
         out.print(tables.answers_table(counted()))
     if failed:
-        _print_error(f"{failed} of {len(images)} images could not be read")
+        print_error(f"{failed} of {len(images)} images could not be read")
         raise typer.Exit(1)
 
 
@@ -306,7 +296,7 @@ def doctor(json: Json = False) -> None:
 
     with err.status("looking"):
         findings = examination.inspect()
-    _answer(
+    answer(
         json,
         lambda: tables.findings_json(findings),
         lambda: tables.findings_table(findings),
@@ -314,100 +304,12 @@ def doctor(json: Json = False) -> None:
     )
 
 
-@recipes.command("list")
-def list_recipes() -> None:
-    """The shipped recipes, a line each."""
-    for summary in recipe_files.summaries():
-        print(f"{summary.name:<22} {summary.model:<12} {summary.data:<18} {summary.length:<12} {summary.title}")
-
-
-RecipeName = Annotated[str, Argument(help="Name of a shipped recipe.", autocompletion=_recipe_names)]
-
-
-@recipes.command()
-def show(name: RecipeName) -> None:
-    """Print a recipe."""
-    print(recipe_files.text(name), end="")
-
-
-@recipes.command()
-def copy(
-    name: RecipeName, to: Annotated[Path | None, Argument(help="File or folder. [dim]NAME.yaml[/]")] = None
-) -> None:
-    """Write a recipe to a file of your own."""
-    print(recipe_files.copy(name, to))
-
-
-@recipes.command()
-def schema() -> None:
-    """Print the JSON schema of recipes, for editors."""
-    from vitcli import recipe
-
-    print(jsons.dumps(recipe.json_schema(), indent=1))
-
-
-@recipes.command("keys")
-def list_keys() -> None:
-    """Every key of a recipe, with its type, default and meaning."""
-    from vitcli.recipe import keys
-
-    for key in keys():
-        print(f"{key.dotted:<30} {key.kind:<40} {key.description}")
-
-
-def _train(
-    recipe: Recipe,
-    text: str,
-    name: str,
-    path: Path | None,
-    json: bool,
-    ckpt: Path | None = None,
-    trained: Trained | None = None,
-) -> None:
-    """Train in a new run folder, from scratch or from `trained`, which `ckpt` holds."""
-    from vitcli import recipe as loader
-    from vitcli import run as runs
-    from vitcli.report.progress import Progress
-    from vitcli.train import fit
-
-    with runs.create(name, path) as run:
-        run.write("recipe.yaml", text)
-        if ckpt:
-            run.write("start.json", jsons.dumps({"ckpt": str(ckpt.resolve())}))
-        run.write("recipe.resolved.yaml", loader.dump(recipe))
-        err.print(f"run folder {run.path}", highlight=False)
-        outcome = fit(recipe, run, Progress(err, run.path / "train.log"), trained)
-    _finish(outcome, json)
-
-
-def _resume(path: Path, json: bool) -> None:
-    """Train on in an old run folder; one that was killed before its first checkpoint starts again as it began."""
-    from vitcli import checkpoint
-    from vitcli import recipe as loader
-    from vitcli import run as runs
-    from vitcli.report.progress import Progress
-    from vitcli.train import fit
-
-    resolved = path / "recipe.resolved.yaml"
-    if not resolved.is_file():
-        raise CheckpointError(
-            f"{path} is not a run folder: it has no {resolved.name}", "--resume takes a folder under runs/"
-        )
-    recipe = loader.load(resolved)
-    with runs.Run(path) as run:
-        start = path / "start.json"
-        fresh = start.exists() and not any(run.checkpoints.iterdir())
-        trained = checkpoint.load(Path(jsons.loads(start.read_text())["ckpt"])) if fresh else None
-        outcome = fit(recipe, run, Progress(err, run.path / "train.log"), trained)
-    _finish(outcome, json)
-
-
 def _finish(outcome: Outcome, json: bool) -> None:
     """Say how training ended, and what to type next."""
     from vitcli.report import tables
 
     if outcome.signal:
-        _print_error(f"stopped by signal {outcome.signal} after step {outcome.step} of {outcome.steps}, which is saved")
+        print_error(f"stopped by signal {outcome.signal} after step {outcome.step} of {outcome.steps}, which is saved")
         err.print(f"hint: vit pretrain --resume {outcome.run}", highlight=False, soft_wrap=True)
         raise typer.Exit(128 + outcome.signal)
     facts = {**asdict(outcome), "run": str(outcome.run)}
@@ -468,47 +370,6 @@ def _newest() -> Path:
     return path
 
 
-def _answer(json: bool, as_json: Any, as_table: Any, as_lines: Any) -> None:
-    """The answer in the form that fits: JSON if asked, a table on a terminal, plain lines elsewhere."""
-    if json:
-        print(as_json())
-    elif out.is_terminal:
-        out.print(as_table())
-    else:
-        for line in as_lines():
-            print(line)
-
-
-def _print_error(message: str) -> None:
-    err.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
-
-
 def main() -> None:
-    """The console command: runs a command, and turns every expected failure into one error line and an exit code."""
-    if os.environ.get("VIT_DEBUG"):
-        app()
-        return
-    code = 1
-    try:
-        code = app(standalone_mode=False) or 0
-    except UserError as error:
-        _print_error(str(error))
-        if error.hint:
-            err.print(f"hint: {error.hint}", highlight=False, markup=False, soft_wrap=True)
-        code = error.exit_code
-    except typer.Exit as ended:
-        code = ended.exit_code
-    except UsageError as error:  # pyright: ignore[reportGeneralTypeIssues]
-        _print_error(error.format_message())
-        err.print("hint: vit COMMAND --help shows what it takes", highlight=False, markup=False)
-        code = error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        code = 130
-    except BrokenPipeError:
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    except Exception as error:
-        _print_error(f"a bug: {type(error).__name__}: {error}")
-        err.print("hint: VIT_DEBUG=1 shows where; please report it", highlight=False, markup=False)
-    sys.exit(code)
+    """The console command."""
+    console.run(app)

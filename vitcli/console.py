@@ -1,0 +1,67 @@
+"""The terminal: answers on stdout, everything else on stderr, failures as one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from vitcli.errors import UserError
+
+out, err = Console(), Console(stderr=True)
+UsageError = typer.BadParameter.__mro__[2]  # of all mistakes of usage; typer 0.29 has a copy of click's of its own
+
+
+def answer(
+    json: bool, as_json: Callable[[], str], as_table: Callable[[], Any], as_lines: Callable[[], Iterable[str]]
+) -> None:
+    """The answer in the form that fits: JSON if asked, a table on a terminal, plain lines elsewhere."""
+    if json:
+        print(as_json())
+    elif out.is_terminal:
+        out.print(as_table())
+    else:
+        for line in as_lines():
+            print(line)
+
+
+def print_error(message: str) -> None:
+    """An error line on stderr."""
+    err.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+
+
+def run(app: typer.Typer) -> None:
+    """Run a command, and turn every expected failure into one error line and an exit code."""
+    if os.environ.get("VIT_DEBUG"):
+        app()
+        return
+    code = 1
+    try:
+        code = app(standalone_mode=False) or 0
+    except UserError as error:
+        print_error(str(error))
+        if error.hint:
+            err.print(f"hint: {error.hint}", highlight=False, markup=False, soft_wrap=True)
+        code = error.exit_code
+    except typer.Exit as ended:
+        code = ended.exit_code
+    except UsageError as error:  # pyright: ignore[reportGeneralTypeIssues]
+        print_error(error.format_message())
+        err.print("hint: vit COMMAND --help shows what it takes", highlight=False, markup=False)
+        code = error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except BrokenPipeError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception as error:
+        print_error(f"a bug: {type(error).__name__}: {error}")
+        err.print("hint: VIT_DEBUG=1 shows where; please report it", highlight=False, markup=False)
+    sys.exit(code)
