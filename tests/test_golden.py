@@ -7,6 +7,10 @@ import pytest
 import torch
 from command import Vit, sets
 
+pytestmark = pytest.mark.skipif(
+    not torch.__version__.startswith("2.15."), reason="the numbers are torch 2.15's: another version starts from others"
+)
+
 RUN = ["runtime={device: cpu, precision: fp32, threads: 1}", "steps=30", "log_every=5", "eval_every=30"]
 RUN += ["optim.warmup_steps=5", "seed=0"]
 # Of training after 5, 10, ... 30 steps, and of validation. One thread or two and with or without AVX differ by 1e-6.

@@ -19,7 +19,7 @@ from vitcli.train import Outcome, fit
 def begin(
     recipe: Recipe, name: str, folder: Path | None, ckpt: Path | None = None, trained: Trained | None = None
 ) -> Outcome:
-    """Train in a new run folder, from scratch or from `trained`, which `ckpt` holds; `name` is the recipe or its file."""
+    """Train in a new run folder, from scratch or from `trained`, which `ckpt` holds; `name` is the recipe's."""
     with runs.create(Path(name).stem, folder) as run:
         run.write("recipe.yaml", recipe_files.text(name))
         if ckpt:

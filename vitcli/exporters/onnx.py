@@ -7,10 +7,12 @@ Input `pixel_values` (batch, 3, h, w) is normalised as the metadata's `preproces
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,7 +68,7 @@ def _trace(trained: Trained, file: Path, opset: int) -> None:
 
     weights = sum(tensor.nbytes for tensor in trained.model.state_dict().values())
     example = torch.zeros(2, 3, *trained.image_size)  # a batch of 1 would be taken for a constant by older torch
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # onnxscript before 0.7 prints its progress
         warnings.simplefilter("ignore")  # torch's exporter warns of itself
         torch.onnx.export(
             trained.model,
