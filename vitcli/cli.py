@@ -91,12 +91,11 @@ def pretrain(
 
     vit pretrain --resume runs/b16_in21k
     """
-    from vitcli import launch
     from vitcli import recipe as loader
 
     if resume:
         _refuse_with_resume(recipe=recipe, set=sets, run=run)
-        _finish(launch.resume(resume), json)
+        _resume(resume, json)
         return
     if recipe is None:
         raise RecipeError("no recipe given", "vit pretrain quickstart, or `vit recipes` for the others")
@@ -104,6 +103,8 @@ def pretrain(
     if dry_run:
         _print_plan(loaded, json)
         return
+    from vitcli import launch  # loads torch, which a wrong recipe need not wait for
+
     _finish(launch.begin(loaded, recipe, run), json)
 
 
@@ -134,16 +135,17 @@ def finetune(
 
     vit finetune --ckpt runs/b16_in21k --recipe finetune_cifar10 --set optim.lr=0.01
     """
-    from vitcli import checkpoint, launch
     from vitcli import recipe as loader
 
     if resume:
         _refuse_with_resume(ckpt=ckpt, data=data, classes=classes, res=res, set=sets, run=run)
-        _finish(launch.resume(resume), json)
+        _resume(resume, json)
         return
     if ckpt is None:
         raise RecipeError("no --ckpt given", "vit finetune --ckpt WEIGHTS --data FOLDER; without weights: vit pretrain")
     loader.read(recipe)  # a broken recipe is told before the weights are read
+    from vitcli import checkpoint
+
     trained = checkpoint.load(ckpt)
     options: list[tuple[str, str, Any]] = []
     if data is not None:
@@ -160,6 +162,8 @@ def finetune(
     if dry_run:
         _print_plan(loaded, json)
         return
+    from vitcli import launch
+
     _finish(launch.begin(loaded, recipe, run, ckpt, trained), json)
 
 
@@ -302,6 +306,12 @@ def doctor(json: Json = False) -> None:
         lambda: tables.findings_table(findings),
         lambda: tables.findings_lines(findings),
     )
+
+
+def _resume(run: Path, json: bool) -> None:
+    from vitcli import launch
+
+    _finish(launch.resume(run), json)
 
 
 def _finish(outcome: Outcome, json: bool) -> None:
