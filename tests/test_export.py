@@ -436,14 +436,6 @@ def test_a_gpu_that_onnx_runtime_cannot_use_is_said(exported, monkeypatch):
         OnnxPredictor(exported[1], "auto")
 
 
-def test_every_target_keeps_the_contract():
-    for module in exporters.targets().values():
-        annotations = module.export.__annotations__
-        assert annotations.pop("return") == "Report"
-        assert list(annotations)[:2] == ["trained", "out"]
-        assert "images" in annotations
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("opset", [18, 20, 23])
 def test_deit_tiny_on_real_images(tmp_path, shared, opset):
