@@ -33,7 +33,8 @@ def draw_results(metrics: Path, picture: Path, title: str) -> None:
     top1.plot(steps, [100 * score for score in scores], color="#1f6feb", marker=".")
     if scores:
         best = max(range(len(scores)), key=scores.__getitem__)
-        top1.annotate(f"{scores[best]:.2%}", (steps[best], 100 * scores[best]), ha="right", va="top")
+        place = (steps[best], 100 * scores[best])
+        top1.annotate(f"{scores[best]:.2%}", place, (0, -16), textcoords="offset points", ha="center", va="top")
     top1.set_title("validation top-1 (%)")
     lr.plot(*curve("lr"), color="#d97706")
     lr.set_title("learning rate")
