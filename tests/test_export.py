@@ -85,7 +85,7 @@ def hold_against_checkpoint(trained: Trained, file: Path, opset: int) -> None:
 ODD = {
     "token": ({}, (32, 32)),
     "gap": ({"pool": "gap", "registers": 3, "layerscale": 0.5, "qk_norm": True}, (32, 32)),
-    "map": ({"pool": "map", "gelu": "exact", "representation_size": 24}, (32, 48)),
+    "map": ({"pool": "map", "activation": "gelu", "representation_size": 24}, (32, 48)),
     "none": ({"pool": "none", "posemb": "sincos2d", "registers": 1}, (48, 32)),
     "mae": ({"pool": "gap", "class_token": True, "posemb": "sincos2d_mae", "dropout": 0.1, "drop_path": 0.1}, (32, 32)),
     "hybrid": ({"patch": 1, "stem": {"layers": [1, 1], "width": 32}}, (64, 64)),

@@ -92,7 +92,7 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     ids=["token", "gap", "gap with class token", "map", "layerscale and qk_norm", "registers", "gap with registers"],
 )
 def test_logits_are_those_of_timm(config, theirs):
-    model = build(gelu="exact", **config)
+    model = build(activation="gelu", **config)
     reference = timm.models.vision_transformer.VisionTransformer(
         img_size=(32, 48), patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5, **theirs
     ).eval()
@@ -107,7 +107,14 @@ def test_hybrid_gives_the_logits_of_timm():
         "vit_small_r26_s32_224", img_size=64, embed_dim=32, depth=1, num_heads=2, num_classes=5
     )
     model = build(
-        size=(64, 64), width=32, depth=1, heads=2, mlp_dim=128, patch=1, stem={"layers": (2, 2, 2, 2)}, gelu="exact"
+        size=(64, 64),
+        width=32,
+        depth=1,
+        heads=2,
+        mlp_dim=128,
+        patch=1,
+        stem={"layers": (2, 2, 2, 2)},
+        activation="gelu",
     )
     for module in model.modules():
         if isinstance(module, StdConv):

@@ -62,7 +62,7 @@ def test_a_source_has_its_name_and_opens(name, module):
 def test_a_format_of_weights_matches_and_reads(name, module):
     assert schema.folder("vitcli.weights")[name] is module
     assert list(inspect.signature(module.matches).parameters) == ["names"]
-    assert list(inspect.signature(module.read).parameters) == ["tensors", "heads"]
+    assert list(inspect.signature(module.read).parameters) == ["tensors", "beside"]
     assert module.matches(set()) is False
     assert module.matches({"some.other.weight"}) is False
     assert get_type_hints(module.read)["return"] is Foreign

@@ -117,7 +117,7 @@ def test_google_file_gives_the_logits_of_flax(shared):
     io = np.load(shared / "golden/token_io.npz")
     logits = model_of(foreign)(torch.from_numpy(io["images"]).permute(0, 3, 1, 2))
     np.testing.assert_allclose(logits.detach().numpy(), io["logits"], rtol=0, atol=1e-5)
-    assert (foreign.format, foreign.config.heads, foreign.config.gelu) == ("google", 3, "tanh")
+    assert (foreign.format, foreign.config.heads, foreign.config.activation) == ("google", 3, "gelu_tanh")
     assert (foreign.config.pool, foreign.image_size, foreign.head_classes) == ("token", (32, 32), 10)
 
 
@@ -126,7 +126,7 @@ def test_timm_file_gives_the_logits_of_timm(shared):
     io = np.load(shared / "golden/timm_token_io.npz")
     logits = model_of(foreign)(torch.from_numpy(io["images"]))
     np.testing.assert_allclose(logits.detach().numpy(), io["logits"], rtol=0, atol=1e-5)
-    assert (foreign.format, foreign.config.heads, foreign.config.gelu) == ("timm", 3, "exact")
+    assert (foreign.format, foreign.config.heads, foreign.config.activation) == ("timm", 3, "gelu")
 
 
 def test_deit_tiny_gives_the_logits_of_timm(shared):
@@ -235,7 +235,7 @@ def test_timm_hybrid_of_the_root_alone(tmp_path):
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_prefixes_of_wrappers_are_removed(tmp_path, prefix):
-    model = small(gelu="exact")
+    model = small(activation="gelu")
     save_file({prefix + name: value for name, value in model.state_dict().items()}, tmp_path / "model.safetensors")
     assert_same(load(tmp_path / "model.safetensors"), model)
 
@@ -253,7 +253,7 @@ def test_heads_of_a_width(tmp_path, width, heads):
 
 
 def test_averaged_weights_are_taken_out_of_a_training_checkpoint(tmp_path):
-    model = small(gelu="exact")
+    model = small(activation="gelu")
     state = {f"module.{name}": value for name, value in model.state_dict().items()}
     zeros = {name: torch.zeros_like(value) for name, value in state.items()}
     torch.save({"model": zeros, "model_ema": state, "epoch": 7, "optimizer": {"lr": 0.1}}, tmp_path / "model.pth")
@@ -369,7 +369,7 @@ def saved(tmp_path: Path, **changes: torch.Tensor | None) -> Path:
         ({"\x1b[31mred\n": torch.zeros(1)}, r"unexpected in a timm file: \x1b[31mred\n"),
         ({"norm.weight": torch.zeros(47)}, "norm.weight has shape (47,), expected (48,)"),
         ({"pos_embed": torch.zeros(17, 48)}, "pos_embed has shape (17, 48), expected 3 dimensions"),
-        ({"pos_embed": torch.zeros(1, 15, 48)}, "pos_embed has 15 rows, which is no square grid of patches"),
+        ({"pos_embed": torch.zeros(1, 15, 48)}, "pos_embed has 15 rows, which is not a square grid of patches"),
         ({"patch_embed.proj.weight": torch.zeros(0, 3, 8, 8)}, "patch_embed.proj.weight has shape (0, 3, 8, 8)"),
         ({"norm.bias": torch.full((48,), torch.nan)}, "norm.bias holds NaN or infinity"),
         ({"norm.bias": torch.zeros(48, dtype=torch.int64)}, "norm.bias holds torch.int64, expected floating point"),

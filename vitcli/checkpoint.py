@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 class Trained:
     """A model that can be used: on the CPU, in fp32, in evaluation mode.
 
-    `classes` are names in the order of the logits. `recipe` is None for a foreign file. `origin` says in a few
-    words where it came from.
+    `classes` are names in the order of the logits, () where there is no head or its outputs are no classes. `recipe`
+    is None for a foreign file. `origin` says in a few words where it came from.
     """
 
     model: ViT
@@ -70,11 +70,12 @@ def load(path: Path) -> Trained:
         raise CheckpointError(
             f"{path} does not exist", "--ckpt takes a run folder, a checkpoint folder or a file of weights"
         )
-    if path.is_dir():
-        return _load_own(_usable(path))
-    if path.name == "model.safetensors" and (path.parent / storage.MANIFEST).exists():
-        return _load_own(path.parent)
-    return _load_foreign(path)
+    folder = path.parent if path.name == "model.safetensors" else path
+    if (folder / storage.MANIFEST).exists():
+        return _load_own(folder)
+    if path.is_file() or weights.is_folder(path):
+        return _load_foreign(path)
+    return _load_own(_usable(path))
 
 
 def save_model(folder: Path, model: ViT, recipe: Recipe, classes: tuple[str, ...], step: int) -> None:
@@ -225,12 +226,9 @@ def _load_own(folder: Path) -> Trained:
         raise CheckpointError(
             f"{folder / 'config.json'} is not a vitcli checkpoint's: {error}".splitlines()[0]
         ) from None
-    model = recipe.model.build(len(classes), recipe.data.res)
     state = load_file(folder / "model.safetensors") | _averaged(folder)
-    _check_fit(model.state_dict(), state, str(folder))
-    model.load_state_dict(state)
     return Trained(
-        model=model.eval(),
+        model=_build(recipe.model, len(classes), recipe.data.res, state, str(folder)),
         config=recipe.model,
         classes=classes,
         image_size=recipe.data.res,
@@ -253,18 +251,29 @@ def _averaged(folder: Path) -> dict[str, Tensor]:
 
 def _load_foreign(path: Path) -> Trained:
     foreign = weights.load(path)
-    model = foreign.config.build(foreign.head_classes, foreign.image_size)
-    _check_fit(model.state_dict(), foreign.state, str(path))
-    model.load_state_dict(foreign.state)
-    count = foreign.head_classes
+    count, classes = foreign.head_classes, foreign.classes
+    if classes is None:
+        classes = WNIDS if count == len(WNIDS) else tuple(map(str, range(count)))
     return Trained(
-        model=model.eval(),
+        model=_build(foreign.config, count, foreign.image_size, foreign.state, str(path)),
         config=foreign.config,
-        classes=WNIDS if count == len(WNIDS) else tuple(str(index) for index in range(count)),
+        classes=classes,
         image_size=foreign.image_size,
         preprocessing=Preprocessing.parse(foreign.preprocessing),
         origin=f"{path} ({foreign.format})",
     )
+
+
+def _build(config: ViTConfig, classes: int, image_size: tuple[int, int], state: dict[str, Tensor], origin: str) -> ViT:
+    """A model in evaluation mode whose weights are `state` itself, not a copy; no other is ever made."""
+    import torch
+
+    with torch.device("meta"):
+        model = config.build(classes, image_size)
+    _check_fit(model.state_dict(), state, origin)
+    model.load_state_dict(state, assign=True)
+    model.fix_positions()
+    return model.eval()
 
 
 def _check_fit(expected: dict[str, Tensor], found: dict[str, Tensor], origin: str) -> None:

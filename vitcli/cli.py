@@ -36,6 +36,12 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 RESULT, TRAIN, INPUT = "Result", "Training", "Input"
 
 
+def _targets(incomplete: str) -> list[str]:
+    from vitcli.exporters import targets
+
+    return [name for name in targets() if name.startswith(incomplete)]
+
+
 def _recipe_keys(incomplete: str) -> list[str]:
     from vitcli.recipe import keys
 
@@ -211,12 +217,16 @@ def evaluate(
 
 @app.command(rich_help_panel="Use")
 def export(
-    onnx: Annotated[bool, Option("--onnx", help="Write ONNX.")] = False,
+    onnx: Annotated[bool, Option("--onnx", help="Short for --to onnx.")] = False,
+    to: Annotated[
+        str | None,
+        Option(metavar="FORMAT", autocompletion=_targets, help="onnx, huggingface, timm, torchvision or google."),
+    ] = None,
     ckpt: Checkpoint = None,
     output: Annotated[
         Path | None, Option("-o", "--output", help="[dim]RUN/export/model.onnx[/]", rich_help_panel=RESULT)
     ] = None,
-    opset: Annotated[int, Option(help="ONNX operator set, 18 to 25.")] = 20,
+    opset: Annotated[int | None, Option(help="ONNX operator set, 18 to 25. [dim]20[/]")] = None,
     json: Json = False,
 ) -> None:
     """Write a model for other programs, and check that it answers as the checkpoint does.
@@ -224,19 +234,29 @@ def export(
     vit export --onnx
 
     vit export --onnx --ckpt runs/quickstart -o digits.onnx --opset 23
+
+    vit export --to huggingface --ckpt ViT-B_16.npz
     """
+    from vitcli.exporters import target as find
+
+    if onnx and to not in (None, "onnx"):
+        raise RecipeError(f"--onnx does not go with --to {to}", "give one of them")
+    name = "onnx" if onnx else to
+    if name is None:
+        raise RecipeError("no format given", "vit export --onnx, or --to huggingface")
+    target = find(name)
+    if opset is not None and name != "onnx":
+        raise RecipeError(f"--opset has no effect with --to {name}", "it is for --onnx")
     from vitcli import checkpoint
-    from vitcli.exporters import onnx as target
     from vitcli.report import tables
 
-    if not onnx:
-        raise RecipeError("no format given", "vit export --onnx")
     ckpt = ckpt or _newest()
     trained = checkpoint.load(ckpt)
     folder = ckpt if (ckpt / "checkpoints").is_dir() else None
-    output = output or (folder / "export" / "model.onnx" if folder else Path(f"{ckpt.stem}.onnx"))
-    with err.status("exporting to ONNX"):
-        report = target.export(trained, output, images=_own_images(trained), opset=opset, source=ckpt)
+    output = output or (folder / "export" / target.OUTPUT if folder else Path(f"{ckpt.stem}-{target.OUTPUT}"))
+    options: dict[str, Any] = {"opset": opset or 20, "source": ckpt} if name == "onnx" else {}
+    with err.status(f"exporting to {name}"):
+        report = target.export(trained, output, images=_own_images(trained), **options)
     facts = asdict(report)
     if folder and output.parent == folder / "export":
         (output.parent / "report.json").write_text(jsons.dumps(facts, indent=1))

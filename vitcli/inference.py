@@ -82,7 +82,7 @@ def open_predictor(
         raise UserError(f"--provider {provider} applies to .onnx files only", "use --device")
     trained = checkpoint.load(path)
     if not trained.classes:
-        raise CheckpointError(f"{trained.origin} has no head, so it names nothing", "train one: vit finetune --ckpt")
+        raise CheckpointError(f"{trained.origin} names no classes", "train one: vit finetune --ckpt")
     return torch_predictor(trained, device)
 
 

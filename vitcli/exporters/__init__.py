@@ -2,10 +2,12 @@
 
 To add a target, add a file with
 
+    OUTPUT = "model.onnx"                    the usual name of what it writes, a file or a folder
     def export(trained: Trained, out: Path, *, images: Sequence[Image] | None = None, OPTIONS) -> Report
 
 where OPTIONS are the target's own, typed and with defaults. It writes into `place_for(out)`, opens what it wrote as
-a Predictor, and passes it to `check`: what answers otherwise than the checkpoint never gets its final name.
+a Predictor, and passes it to `check`: what answers otherwise than the checkpoint never gets its final name. For a
+format of vitcli/weights, `_weights.export` does all of this.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from vitcli.errors import DataError, StorageError
+from vitcli.errors import DataError, RecipeError, StorageError
 from vitcli.schema import folder
 
 if TYPE_CHECKING:
@@ -64,16 +67,29 @@ def targets() -> dict[str, ModuleType]:
     return folder(__name__)
 
 
+def target(name: str) -> ModuleType:
+    """One of the targets. Raises RecipeError for a name that is none."""
+    found = targets()
+    if name not in found:
+        near = get_close_matches(name, found, 1)
+        raise RecipeError(
+            f"--to {name}: no such format" + (f", did you mean {near[0]}?" if near else ""),
+            f"known: {', '.join(found)}",
+        )
+    return found[name]
+
+
 @contextmanager
 def place_for(out: Path) -> Iterator[Path]:
-    """A path to write `out` at. What lies beside it afterwards gets its final place; after an error, nothing does.
+    """A path to write a file or a folder `out` at. What lies there and beside it afterwards gets its final place;
+    after an error, nothing does.
 
     Raises StorageError where the disk refuses.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir():
-            raise StorageError(f"{out} is a folder", "name a file to write")
+            raise StorageError(f"{out} is a folder", "name what is not there yet")
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as place:
             yield Path(place) / out.name
             for file in sorted(Path(place).iterdir(), reverse=True):  # model.onnx.data before model.onnx

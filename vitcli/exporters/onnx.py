@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from vitcli.checkpoint import Trained
 
+OUTPUT = "model.onnx"
 OPSETS = range(18, 26)  # torch 2.15 writes invalid files at 17 and 26, and says nothing
 ONE_FILE = 1.8e9  # bytes of weights; protobuf ends at 2 GB
 
@@ -50,7 +51,7 @@ def export(
     if opset not in OPSETS:
         raise RecipeError(f"--opset {opset} is not possible", f"choose from {OPSETS[0]} to {OPSETS[-1]}")
     if not trained.classes:
-        raise CheckpointError(f"{trained.origin} has no head, so it names nothing", "train one: vit finetune --ckpt")
+        raise CheckpointError(f"{trained.origin} names no classes", "train one: vit finetune --ckpt")
     begin = time.monotonic()
     reference = torch_predictor(trained, "cpu")
     prepared = sample(trained.preprocessing, images)

@@ -60,16 +60,21 @@ class ViTConfig(Schema):
     patch: PositiveInt = Field(description="side of a patch, in pixels of the image or of the stem's feature map")
     stem: ResNetStem | None = Field(None, description="a ResNet before the patches, as in the hybrids")
 
-    pool: Literal["token", "gap", "map", "none"] = Field("token", description="what the head reads; none: all tokens")
-    class_token: bool = Field(description="a learned first token; by default only for pool: token")
+    pool: Literal["token", "gap", "token_gap", "map", "none"] = Field(
+        "token", description="what the head reads; token_gap: class token and mean side by side; none: all tokens"
+    )
+    class_token: bool = Field(description="a learned first token; by default only for pool: token and token_gap")
+    distilled: bool = Field(False, description="DeiT's second token, with a head of its own (arXiv 2012.12877)")
     registers: int = Field(0, ge=0, description="further learned tokens without position (arXiv 2309.16588)")
     posemb: Literal["learned", "sincos2d", "sincos2d_mae", "none"] = Field(
         "learned", description="position table; sincos2d is big_vision's and MoCo v3's, sincos2d_mae MAE's"
     )
-    posemb_class: bool = Field(description="a position row for the class token too; by default where there is one")
+    posemb_class: bool = Field(description="position rows for the class token too; by default where there is one")
     posemb_std: float | None = Field(0.02, gt=0, description="initial spread of a learned table; null: 1/sqrt(width)")
-    posemb_resize: Literal["bilinear", "bicubic"] = Field(
-        "bilinear", description="stretches the table to another resolution; bilinear is align_corners, as the original"
+    posemb_resize: Literal["bilinear", "bicubic", "bicubic_antialias", "bicubic_corners", "bicubic_offset"] = Field(
+        "bilinear",
+        description="stretches the table to another resolution: as the original; DeiT, MAE and transformers; timm; "
+        "torchvision; DINOv2",
     )
 
     dropout: float = Rate
@@ -77,7 +82,11 @@ class ViTConfig(Schema):
     drop_path: float = Field(0.0, ge=0.0, lt=1.0, description="stochastic depth: rate of the last block, linear from 0")
     layerscale: float | None = Field(None, gt=0, description="initial LayerScale; null: none (arXiv 2103.17239)")
     qk_norm: bool = Field(False, description="LayerNorm on queries and keys (arXiv 2302.05442)")
-    gelu: Literal["tanh", "exact"] = Field("tanh", description="tanh is flax's default and so the original's")
+    activation: Literal["gelu_tanh", "gelu", "quick_gelu", "swiglu"] = Field(
+        "gelu_tanh", description="gelu_tanh is flax's default and so the original's; quick_gelu is CLIP's"
+    )
+    pre_norm: bool = Field(False, description="a LayerNorm before the blocks, as in CLIP")
+    norm_after_pool: bool = Field(False, description="the last LayerNorm after pooling, as MAE fine-tunes")
     norm_eps: float = Field(1e-6, gt=0)
     representation_size: PositiveInt | None = Field(None, description="a dense + tanh layer before the head")
     head_bias: float = Field(0.0, description="initial bias of the zero head (head_bias_init)")
@@ -89,7 +98,7 @@ class ViTConfig(Schema):
         if not isinstance(values, dict):
             return values
         implied = _decode(values["variant"]) if isinstance(values.get("variant"), str) else {}
-        class_token = values.get("class_token", values.get("pool", "token") == "token")
+        class_token = values.get("class_token", values.get("pool", "token") in ("token", "token_gap"))
         posemb_class = class_token and values.get("posemb", "learned") == "learned"
         implied |= {"class_token": class_token, "posemb_class": posemb_class}
         return {**implied, **values}
@@ -100,8 +109,12 @@ class ViTConfig(Schema):
             raise wrong("heads", f"width {self.width} is not divisible by heads {self.heads}")
         if self.posemb.startswith("sincos2d") and self.width % 4:
             raise wrong("posemb", f"{self.posemb} needs a width divisible by 4, not {self.width}")
-        if self.pool == "token" and not self.class_token:
-            raise wrong("class_token", "pool: token reads the class token, so class_token must be true")
+        if self.pool in ("token", "token_gap") and not self.class_token:
+            raise wrong("class_token", f"pool: {self.pool} reads the class token, so class_token must be true")
+        if self.distilled and (self.pool != "token" or self.registers or self.representation_size):
+            raise wrong("distilled", "goes with pool: token, without registers and representation_size")
+        if self.norm_after_pool and (self.pool in ("map", "none") or self.distilled or not self.depth):
+            raise wrong("norm_after_pool", "goes with pool: token, gap or token_gap, and is not DeiT's")
         if self.posemb_class and not self.class_token:
             raise wrong("posemb_class", "needs class_token: true")
         if self.stem and self.stem.width % 32:
@@ -109,6 +122,16 @@ class ViTConfig(Schema):
         if self.depth == 0 and (self.pool not in ("gap", "none") or self.class_token or self.registers):
             raise wrong("depth", "0 leaves no tokens: use pool: gap or none, without class_token and registers")
         return self
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches: class token, DeiT's second one, registers."""
+        return int(self.class_token) + int(self.distilled) + self.registers
+
+    @property
+    def posemb_prefix(self) -> int:
+        """Rows of the position table before those of the patches."""
+        return self.posemb_class * (1 + self.distilled)
 
     @property
     def stride(self) -> int:

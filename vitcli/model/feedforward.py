@@ -2,17 +2,44 @@
 
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+Activation = Literal["gelu_tanh", "gelu", "quick_gelu", "swiglu"]
+
+
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x), with which OpenAI trained CLIP."""
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class SwiGLU(nn.Module):
+    """silu(a) b of the two halves of the channels (arXiv 2002.05202)."""
+
+    def forward(self, x: Float[Tensor, "*b d2"]) -> Float[Tensor, "*b d"]:
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+
+ACTIVATIONS = {
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "gelu": nn.GELU,
+    "quick_gelu": QuickGELU,
+    "swiglu": SwiGLU,
+}
 
 
 class FeedForward(nn.Module):
-    """width -> hidden -> width with a GELU between; `gelu` says which of its two forms."""
+    """width -> hidden -> width with an activation between."""
 
-    def __init__(self, width: int, hidden: int, gelu: Literal["tanh", "exact"], dropout: float):
+    def __init__(self, width: int, hidden: int, activation: Activation, dropout: float):
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.gelu = nn.GELU(approximate="tanh" if gelu == "tanh" else "none")
+        self.fc1 = nn.Linear(width, 2 * hidden if activation == "swiglu" else hidden)
+        self.activation = ACTIVATIONS[activation]()
         self.fc2 = nn.Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
 
@@ -21,5 +48,5 @@ class FeedForward(nn.Module):
             nn.init.normal_(linear.bias, std=1e-6)
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        x = self.dropout(self.gelu(self.fc1(x)))
+        x = self.dropout(self.activation(self.fc1(x)))
         return self.dropout(self.fc2(x))

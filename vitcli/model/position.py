@@ -1,7 +1,5 @@
 """Position tables: where a patch stands in the image, and how a table follows the image to another resolution."""
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -36,19 +34,24 @@ def _waves(x: Tensor, y: Tensor, exponents: Tensor) -> Tensor:
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()
 
 
-def resize(
-    table: Float[Tensor, "n d"], old: Grid, new: Grid, mode: Literal["bilinear", "bicubic"]
-) -> Float[Tensor, "m d"]:
-    """Stretch a table of patch rows from one grid (down, across) to another.
+def resize(table: Float[Tensor, "n d"], old: Grid, new: Grid, mode: str) -> Float[Tensor, "m d"]:
+    """Stretch a table of patch rows from one grid (down, across) to another, as `ViTConfig.posemb_resize` says.
 
-    `bilinear` keeps the corners in place, as `scipy.ndimage.zoom(order=1)` in the original; `bicubic` is that of
-    DeiT and MAE (half-pixel centres, no antialiasing).
+    `bilinear` keeps the corners in place, as `scipy.ndimage.zoom(order=1)` in the original, and so does
+    `bicubic_corners`. The other three have half-pixel centres: `bicubic` alone, `bicubic_antialias` when it shrinks
+    too, `bicubic_offset` with DINOv2's tenth of a patch in the ratio of the sides.
     """
     if old == new:
         return table
-    image = table.double().unflatten(0, old).movedim(-1, 0)
-    image = F.interpolate(image[None], new, mode=mode, align_corners=mode == "bilinear")[0]
-    return image.movedim(0, -1).flatten(0, 1).to(table.dtype)
+    image = table.double().unflatten(0, old).movedim(-1, 0)[None]
+    if mode in ("bilinear", "bicubic_corners"):
+        image = F.interpolate(image, new, mode=mode.partition("_")[0], align_corners=True)
+    elif mode == "bicubic_offset":
+        ratio = tuple((after + 0.1) / before for before, after in zip(old, new, strict=True))
+        image = F.interpolate(image, scale_factor=ratio, mode="bicubic", recompute_scale_factor=False)
+    else:
+        image = F.interpolate(image, new, mode="bicubic", antialias=mode == "bicubic_antialias")
+    return image[0].movedim(0, -1).flatten(0, 1).to(table.dtype)
 
 
 def resize_state(
@@ -58,6 +61,6 @@ def resize_state(
     if "pos_embed" not in state:
         return state
     table = state["pos_embed"][0]
-    prefix = int(config.posemb_class)
+    prefix = config.posemb_prefix
     patches = resize(table[prefix:], config.grid(old), config.grid(new), config.posemb_resize)
     return {**state, "pos_embed": torch.cat([table[:prefix], patches])[None]}

@@ -30,37 +30,48 @@ class ViT(nn.Module):
         backbone = ResNet(c.stem.layers, c.stem.width) if c.stem else None
         self.patch_embed = PatchEmbed(backbone.channels if backbone else 3, c.patch, d, backbone)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d)) if c.class_token else None
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, d)) if c.distilled else None
         self.reg_token = nn.Parameter(1e-6 * torch.randn(1, c.registers, d)) if c.registers else None
-        self._add_positions(c.grid(image_size))
+        self.pos_embed = self._learned_positions()
+        self.fix_positions()
         self.dropout = nn.Dropout(c.dropout if c.depth else 0.0)
+        self.norm_pre = nn.LayerNorm(d, c.norm_eps) if c.pre_norm else nn.Identity()
 
         rates = [c.drop_path * i / max(1, c.depth - 1) for i in range(c.depth)]
         self.blocks = nn.ModuleList(Block(c, rate) for rate in rates)
-        self.norm = nn.LayerNorm(d, c.norm_eps) if c.depth else nn.Identity()
+        norm, after = nn.LayerNorm(d, c.norm_eps) if c.depth else nn.Identity(), c.norm_after_pool
+        self.norm, self.fc_norm = (nn.Identity(), norm) if after else (norm, nn.Identity())
 
         if c.pool == "map":
-            self.attn_pool = AttentionPool(d, c.heads, c.norm_eps, FeedForward(d, c.mlp_dim, c.gelu, dropout=0.0))
-        features = c.representation_size
-        self.pre_logits = _pre_logits(d, features) if features else nn.Identity()
-        self.head = _head(features or d, classes, c.head_bias) if classes else nn.Identity()
+            mlp = FeedForward(d, c.mlp_dim, c.activation, dropout=0.0)
+            self.attn_pool = AttentionPool(d, c.heads, c.norm_eps, mlp)
+        features = 2 * d if c.pool == "token_gap" else d
+        self.pre_logits = _pre_logits(features, c.representation_size) if c.representation_size else nn.Identity()
+        features = c.representation_size or features
+        self.head = _head(features, classes, c.head_bias) if classes else nn.Identity()
+        self.head_dist = None
+        if c.distilled:
+            self.head_dist = _head(features, classes, c.head_bias) if classes else nn.Identity()
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b *n k"]:
         tokens = self.encode(self.embed(images))
-        features = self.pre_logits(self.pool(tokens))
-        return self.head(features)
+        logits = self.head(self.pre_logits(self.pool(tokens)))
+        return logits if self.head_dist is None else (logits + self.head_dist(tokens[:, 1])) / 2
 
     def embed(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
         """Class token, registers and patches. Registers have no position; the class token may have one."""
-        x, cls, table = self.patch_embed(images), self.cls_token, self.pos_embed
+        x, table, cls = self.patch_embed(images), self.pos_embed, self.cls_token
+        if cls is not None and self.dist_token is not None:
+            cls = torch.cat([cls, self.dist_token], dim=1)
         if table is not None:
-            rows = int(self.config.posemb_class)
+            rows = self.config.posemb_prefix
             x = x + table[:, rows:]
             if cls is not None and rows:
                 cls = cls + table[:, :rows]
         for token in (self.reg_token, cls):
             if token is not None:
                 x = torch.cat([token.expand(x.shape[0], -1, -1), x], dim=1)
-        return self.dropout(x)
+        return self.norm_pre(self.dropout(x))
 
     def encode(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """The blocks and the last norm."""
@@ -70,29 +81,34 @@ class ViT(nn.Module):
 
     def pool(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b *m d"]:
         """What the head reads. Registers are never read; the mean and MAP read patches only."""
-        cls = int(self.config.class_token)
-        prefix = cls + self.config.registers
+        cls, prefix = int(self.config.class_token), self.config.prefix
         match self.config.pool:
             case "token":
-                return x[:, 0]
+                return self.fc_norm(x[:, 0])
             case "gap":
-                return x[:, prefix:].mean(dim=1)
+                return self.fc_norm(x[:, prefix:].mean(dim=1))
+            case "token_gap":
+                return torch.cat([self.fc_norm(x[:, 0]), self.fc_norm(x[:, prefix:].mean(dim=1))], dim=-1)
             case "map":
                 return self.attn_pool(x[:, prefix:])
             case "none":
                 return torch.cat([x[:, :cls], x[:, prefix:]], dim=1) if self.config.registers else x
 
-    def _add_positions(self, grid: tuple[int, int]) -> None:
-        """The table `pos_embed` (1, rows, width): trained, or fixed and then not part of the state."""
-        width, rows, prefix = self.config.width, grid[0] * grid[1], int(self.config.posemb_class)
-        if self.config.posemb == "none" or self.config.depth == 0:
-            self.pos_embed = None
-        elif self.config.posemb == "learned":
-            std = self.config.posemb_std or width**-0.5
-            self.pos_embed = nn.Parameter(std * torch.randn(1, prefix + rows, width))
-        else:
+    def _learned_positions(self) -> nn.Parameter | None:
+        """The table `pos_embed` (1, rows, width) where it is trained."""
+        if self.config.posemb != "learned" or self.config.depth == 0:
+            return None
+        down, across = self.config.grid(self.image_size)
+        std = self.config.posemb_std or self.config.width**-0.5
+        return nn.Parameter(std * torch.randn(1, self.config.posemb_prefix + down * across, self.config.width))
+
+    def fix_positions(self) -> None:
+        """Compute the table where it is fixed, and so no part of the state: also after a build on the meta device."""
+        if self.config.posemb.startswith("sincos2d") and self.config.depth > 0:
             table = sincos2d if self.config.posemb == "sincos2d" else sincos2d_mae
-            fixed = torch.cat([torch.zeros(prefix, width), table(grid, width)])
+            prefix = torch.zeros(self.config.posemb_prefix, self.config.width)
+            fixed = torch.cat([prefix, table(self.config.grid(self.image_size), self.config.width)])
+            del self.pos_embed
             self.register_buffer("pos_embed", fixed[None], persistent=False)
 
 
@@ -106,7 +122,7 @@ class Block(nn.Module):
         self.attn = Attention(d, c.heads, c.qk_norm, c.norm_eps, c.attention_dropout, c.dropout)
         self.ls1 = LayerScale(d, c.layerscale) if c.layerscale else nn.Identity()
         self.norm2 = nn.LayerNorm(d, c.norm_eps)
-        self.mlp = FeedForward(d, c.mlp_dim, c.gelu, c.dropout)
+        self.mlp = FeedForward(d, c.mlp_dim, c.activation, c.dropout)
         self.ls2 = LayerScale(d, c.layerscale) if c.layerscale else nn.Identity()
         self.drop_path = DropPath(drop_path)
 

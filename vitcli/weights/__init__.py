@@ -3,11 +3,13 @@
 To add a format, add a file with
 
     matches(names: set[str]) -> bool                 are these the names of this format, and of no other?
-    read(tensors: Tensors, heads: int | None) -> Foreign
+    read(tensors: Tensors, beside: Beside) -> Foreign
+    write(foreign: Foreign, out: Path) -> None       only for formats that an exporter offers
 
 `read` takes every tensor that it understands out of `tensors`, renames it, and lets `_architecture.infer` find
 width, depth and the rest in the shapes. What it leaves behind is unexpected, and what does not fit the model that it
-describes is wrong: `load` says so for all formats.
+describes is wrong: `load` says so for all formats. `write` makes the file or folder `out`, from which `read` gives
+the same tensors to the bit; it raises CheckpointError with the part of a model that the format cannot express.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ class Foreign:
     """A foreign checkpoint in our terms.
 
     `state` (float32, on the CPU) loads strictly into `config.build(head_classes, image_size)`; `head_classes` is 0
-    where the file has no head. `preprocessing` holds keys of `data.Preprocessing`, by the format's convention: such
-    files do not say it themselves.
+    where the file has no head. `preprocessing` holds keys of `data.Preprocessing`, from the file or by the format's
+    convention. `classes` are names in the order of the logits, None where the file has none, and () where the head's
+    outputs are no classes but an embedding, as CLIP's.
     """
 
     format: str
@@ -42,6 +45,20 @@ class Foreign:
     head_classes: int
     image_size: tuple[int, int]
     preprocessing: dict[str, Any] = field(default_factory=dict)
+    classes: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is known of a checkpoint besides its tensors.
+
+    `config` and `preprocessor` are the folder's config.json and preprocessor_config.json, {} where there is none or
+    the file's name does not belong to such a folder. `heads` is what a person said of a file that does not tell.
+    """
+
+    config: dict[str, Any] = field(default_factory=dict)
+    preprocessor: dict[str, Any] = field(default_factory=dict)
+    heads: int | None = None
 
 
 class Tensors(dict[str, "Tensor"]):
@@ -54,24 +71,41 @@ class Tensors(dict[str, "Tensor"]):
         return self.pop(name)
 
 
+# Weights in a folder of transformers, timm or open_clip; the safest first.
+NAMES = (
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
+)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder holds weights as transformers, timm and open_clip lay them."""
+    return any((path / name).is_file() for name in NAMES)
+
+
 def load(path: Path, heads: int | None = None) -> Foreign:
-    """Read an .npz, .safetensors or PyTorch file of a known format.
+    """Read an .npz, .safetensors or PyTorch file, or a folder of transformers or timm, of a known format.
 
     `heads` is for files that do not tell the number of attention heads, where the usual one is wrong. Raises
     CheckpointError with what was found and what was expected.
     """
-    from vitcli.weights._files import read_tensors
+    from vitcli.weights import _files
 
     try:
-        tensors = Tensors(read_tensors(path))
-        foreign = _read(tensors, heads)
+        beside = replace(_files.read_beside(path), heads=heads)
+        tensors = Tensors(_files.read_tensors(path))
+        foreign = _read(tensors, beside)
         _check(foreign, tensors, heads)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}", error.hint) from error.__cause__
-    return replace(foreign, state={name: value.float().contiguous() for name, value in foreign.state.items()})
+    for name, value in foreign.state.items():  # one after another, so that there are never two sets of weights
+        foreign.state[name] = value.float().contiguous()
+    return foreign
 
 
-def _read(tensors: Tensors, heads: int | None) -> Foreign:
+def _read(tensors: Tensors, beside: Beside) -> Foreign:
     formats = folder(__name__)
     found = [name for name, module in formats.items() if module.matches(set(tensors))]
     assert len(found) < 2, f"formats {found} claim the same names"
@@ -80,7 +114,7 @@ def _read(tensors: Tensors, heads: int | None) -> Foreign:
             f"its tensors are those of no known format: {_some(tensors)}", f"known formats: {', '.join(formats)}"
         )
     try:
-        return formats[found[0]].read(tensors, heads)
+        return formats[found[0]].read(tensors, beside)
     except (RuntimeError, IndexError) as error:  # torch cannot bring a tensor into its place
         what = str(error).partition("\n")[0]
         raise CheckpointError(f"a tensor of what looks like a {found[0]} file has a wrong shape: {what}") from error

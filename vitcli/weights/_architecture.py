@@ -24,36 +24,48 @@ class Architecture(NamedTuple):
     image_size: tuple[int, int]
 
 
-def infer(state: State, heads: int | None = None, **conventions: Any) -> Architecture:
-    """The architecture of `state`, whose position table may be brought to our form: class token's row, then patches.
+def infer(
+    state: State, heads: int | None = None, image_size: tuple[int, int] | None = None, **conventions: Any
+) -> Architecture:
+    """The architecture of `state`, which may be brought to our form.
 
-    `conventions` are the keys of ViTConfig that a format implies and no shape tells. Raises CheckpointError.
+    Its position table becomes the class token's rows, then patches. `image_size` (height, width) is for formats that
+    say it; else the grid of patches is taken for square. `conventions` are the keys of ViTConfig that a format implies
+    and no shape tells; they win over what the shapes suggest. Raises CheckpointError.
     """
     width, _, patch, _ = _shape(state, "patch_embed.proj.weight", 4)
-    class_token = "cls_token" in state
+    class_token, distilled = "cls_token" in state, "dist_token" in state
     registers = _shape(state, "reg_token", 3)[1] if "reg_token" in state else 0
-    side, posemb_class = _positions(state, class_token, registers)
+    hidden = _shape(state, "blocks.0.mlp.fc2.weight", 2)[1]
+    found: dict[str, Any] = {
+        "width": width,
+        "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        "mlp_dim": hidden,
+        "heads": heads or _heads(state, width),
+        "patch": patch,
+        "stem": _stem(state),
+        "pool": _pool(state, width),
+        "class_token": class_token,
+        "distilled": distilled,
+        "registers": registers,
+        "posemb_class": False,
+        "layerscale": 1e-5 if "blocks.0.ls1.gamma" in state else None,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+        "pre_norm": "norm_pre.weight" in state,
+        "norm_after_pool": "fc_norm.weight" in state,
+        "representation_size": _outputs(state, "pre_logits.fc.weight") or None,
+        **conventions,
+    }
+    if _shape(state, "blocks.0.mlp.fc1.weight", 2)[0] == 2 * hidden:
+        found["activation"] = "swiglu"
     try:
-        config = ViTConfig(
-            width=width,
-            depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
-            mlp_dim=_shape(state, "blocks.0.mlp.fc1.weight", 2)[0],
-            heads=heads or _heads(state, width),
-            patch=patch,
-            stem=_stem(state),
-            pool="map" if "attn_pool.latent" in state else "token" if class_token else "gap",
-            class_token=class_token,
-            registers=registers,
-            posemb_class=posemb_class,
-            layerscale=1e-5 if "blocks.0.ls1.gamma" in state else None,
-            qk_norm="blocks.0.attn.q_norm.weight" in state,
-            representation_size=_outputs(state, "pre_logits.fc.weight") or None,
-            **conventions,
-        )
+        stride = ViTConfig(**found).stride
+        grid = (image_size[0] // stride, image_size[1] // stride) if image_size else None
+        grid, found["posemb_class"] = _positions(state, grid, int(class_token) + distilled, registers)
+        config = ViTConfig(**found)
     except ValidationError as error:
         raise CheckpointError(error.errors()[0]["msg"]) from error
-    size = side * config.stride
-    return Architecture(config, _outputs(state, "head.weight"), (size, size))
+    return Architecture(config, _outputs(state, "head.weight"), (grid[0] * stride, grid[1] * stride))
 
 
 def _shape(state: State, name: str, dimensions: int) -> tuple[int, ...]:
@@ -82,29 +94,42 @@ def _heads(state: State, width: int) -> int:
     return published.get(width) or width // min(64, width & -width)
 
 
-def _positions(state: State, class_token: bool, registers: int) -> tuple[int, bool]:
-    """Side of the square grid, and whether the class token has a row.
+def _pool(state: State, width: int) -> str:
+    """What the head reads, as far as the tensors tell."""
+    if "attn_pool.latent" in state:
+        return "map"
+    if "cls_token" not in state:
+        return "gap"
+    reads = _shape(state, "head.weight", 2)[1] if "head.weight" in state else width
+    return "token_gap" if reads == 2 * width and "pre_logits.fc.weight" not in state else "token"
+
+
+def _positions(state: State, grid: tuple[int, int] | None, cls: int, registers: int) -> tuple[tuple[int, int], bool]:
+    """Rows and columns of the grid of patches, and whether the `cls` class tokens have position rows.
 
     Rows of registers, which timm's older models have, are added to the registers and removed.
     """
     rows = _shape(state, "pos_embed", 3)[1]
-    if _is_square(rows):
-        return isqrt(rows), False
-    if class_token and _is_square(rows - 1):
-        return isqrt(rows - 1), True
-    cls = int(class_token)
-    if registers and _is_square(rows - cls - registers):
-        own, of_registers, patches = state["pos_embed"].split([cls, registers, rows - cls - registers], dim=1)
-        state["reg_token"] = state["reg_token"] + of_registers
-        state["pos_embed"] = torch.cat([own, patches], dim=1)
-        return isqrt(rows - cls - registers), class_token
-    raise CheckpointError(
-        f"pos_embed has {rows} rows, which is no square grid of patches, with or without a class token"
-    )
+    for prefix in (0, cls, cls + registers):
+        patches = rows - prefix
+        side = isqrt(max(0, patches))
+        if patches <= 0 or patches != (grid[0] * grid[1] if grid else side * side):
+            continue
+        if prefix > cls:
+            own, of_registers, table = state["pos_embed"].split([cls, registers, patches], dim=1)
+            state["reg_token"] = state["reg_token"] + of_registers
+            state["pos_embed"] = torch.cat([own, table], dim=1)
+        return grid or (side, side), bool(prefix)
+    shown = f"a grid of {grid[0]}x{grid[1]} patches" if grid else "a square grid of patches"
+    raise CheckpointError(f"pos_embed has {rows} rows, which is not {shown}, with or without {cls} class tokens")
 
 
-def _is_square(n: int) -> bool:
-    return n > 0 and isqrt(n) ** 2 == n
+def add_zero_biases(state: State, *layers: str) -> None:
+    """Zeros for the kinds of layers (`attn.qkv`) that a model trains without a bias: for all of a kind, or for none."""
+    for layer in layers:
+        weights = [name for name in state if name.endswith(f"{layer}.weight")]
+        if not any(name.endswith(f"{layer}.bias") for name in state):
+            state |= {name.removesuffix("weight") + "bias": torch.zeros(len(state[name])) for name in weights}
 
 
 def _stem(state: State) -> ResNetStem | None:

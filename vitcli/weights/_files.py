@@ -4,6 +4,7 @@ No code of a file ever runs: arrays of objects are refused, and a PyTorch file i
 in a process of its own (`_pth.py`).
 """
 
+import json
 import re
 import struct
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,14 +21,47 @@ from safetensors.torch import load, load_file
 from torch import Tensor
 
 from vitcli.errors import CheckpointError
+from vitcli.weights import NAMES, Beside
 
 HEADER_LIMIT = 16 << 20  # bytes of a safetensors header; a real one has some hundred kB
 EXPANSION_LIMIT = 4, 1 << 30  # a file may take this times its size, and this many bytes more, in memory
+JSON_LIMIT = 8 << 20  # bytes of a config.json
 KNOWN = "known are .npz, .safetensors, and torch.save(model.state_dict(), ...) without other objects"
 
 
+def read_beside(path: Path) -> Beside:
+    """The JSON files of a folder of transformers or timm, for the folder itself or a file in it that bears its name.
+
+    Raises CheckpointError for one that is no JSON object.
+    """
+    folder = path if path.is_dir() else path.parent if path.name in NAMES else None
+    if folder is None:
+        return Beside()
+    return Beside(_json(folder / "config.json"), _json(folder / "preprocessor_config.json"))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object of a few megabytes at most; {} where there is no file."""
+    if not path.is_file():
+        return {}
+    if path.stat().st_size > JSON_LIMIT:
+        raise CheckpointError(f"{path.name} has {path.stat().st_size >> 20} MiB; a file like this has a few kB")
+    try:
+        loaded = json.loads(path.read_text())
+    except (ValueError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{path.name} is damaged: {_line(error)}") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path.name} holds a {type(loaded).__name__}, not an object")
+    return loaded
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of an .npz, .safetensors or PyTorch file, without wrappers' prefixes. Raises CheckpointError."""
+    """The tensors of an .npz, .safetensors or PyTorch file, without wrappers' prefixes; or of a folder with one.
+
+    Raises CheckpointError.
+    """
+    if path.is_dir():
+        return read_tensors(_file_in(path))
     if not path.is_file():
         raise CheckpointError("no such file")
     with path.open("rb") as file:
@@ -40,6 +75,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     else:
         raise CheckpointError("neither an .npz, a .safetensors nor a PyTorch file", KNOWN)
     return _strip(tensors)
+
+
+def _file_in(folder: Path) -> Path:
+    for name in NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    raise CheckpointError(f"the folder holds none of {', '.join(NAMES)}")
 
 
 def _strip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import re
 import torch
 from torch import Tensor
 
-from vitcli.weights import Foreign, Tensors
+from vitcli.weights import Beside, Foreign, Tensors
 from vitcli.weights._architecture import infer
 
 PREFIX = "opt/target/"  # files saved together with their optimiser
@@ -24,8 +24,8 @@ def matches(names: set[str]) -> bool:
     return {"embedding/kernel", "Transformer/posembed_input/pos_embedding"} <= names
 
 
-def read(tensors: Tensors, heads: int | None) -> Foreign:
-    """Weights, with the head width that the shapes tell; `heads` is not needed."""
+def read(tensors: Tensors, beside: Beside) -> Foreign:
+    """Weights, with the head width that the shapes tell."""
     for name in [name for name in tensors if name.startswith("opt/")]:
         value = tensors.pop(name)
         if name.startswith(PREFIX):
@@ -38,17 +38,17 @@ def read(tensors: Tensors, heads: int | None) -> Foreign:
         state["cls_token"] = tensors.take("cls")
     state["pos_embed"] = tensors.take("Transformer/posembed_input/pos_embedding")
     names = RELEASED if f"Transformer/encoderblock_0/{RELEASED[1]}/out/bias" in tensors else CURRENT
-    head_count = heads
+    heads = beside.heads
     for i in range(_count(tensors, "Transformer/encoderblock_")):
         query = tensors.get(f"Transformer/encoderblock_{i}/{names[1]}/query/bias")
-        head_count = query.shape[0] if query is not None and query.ndim == 2 else head_count
+        heads = query.shape[0] if query is not None and query.ndim == 2 else heads
         state |= _block(tensors, f"Transformer/encoderblock_{i}", names, f"blocks.{i}")
     state |= _layer(tensors, "Transformer/encoder_norm", "norm")
     for theirs, ours in (("pre_logits", "pre_logits.fc"), ("head", "head")):
         if f"{theirs}/kernel" in tensors:
             state |= _layer(tensors, theirs, ours)
 
-    config, classes, image_size = infer(state, head_count, gelu="tanh")
+    config, classes, image_size = infer(state, heads, activation="gelu_tanh")
     return Foreign("google", config, state, classes, image_size, _preprocessing(image_size[0]))
 
 

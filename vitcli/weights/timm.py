@@ -6,7 +6,7 @@ of DeiT and of most of timm's models: 0.875 of the shorter side, bicubic, ImageN
 
 import re
 
-from vitcli.weights import Foreign, Tensors
+from vitcli.weights import Beside, Foreign, Tensors
 from vitcli.weights._architecture import infer
 
 CORE = {"patch_embed.proj.weight", "pos_embed", "norm.weight", "blocks.0.attn.qkv.weight"}
@@ -26,12 +26,12 @@ def matches(names: set[str]) -> bool:
     return names >= CORE and not names & OTHERS
 
 
-def read(tensors: Tensors, heads: int | None) -> Foreign:
+def read(tensors: Tensors, beside: Beside) -> Foreign:
     """Weights as they are; a hybrid of the root alone keeps it one level higher than the others."""
     root = re.compile(r"^patch_embed\.backbone\.(?=conv\.|norm\.)")
     state = {root.sub("patch_embed.backbone.stem.", name): value for name, value in tensors.items()}
     tensors.clear()
-    config, classes, image_size = infer(state, heads, gelu="exact", posemb_resize="bicubic")
+    config, classes, image_size = infer(state, beside.heads, activation="gelu", posemb_resize="bicubic_antialias")
     preprocessing = {
         "res": image_size[0],
         "resize": image_size[0] * 256 // 224,
