@@ -14,6 +14,7 @@ from vitcli.optim import OptimConfig
 
 STEPS, WARMUP, LR, END = 100, 10, 1e-3, 1e-5
 MIDDLE = (LR + END) / 2
+FINITE = torch.tensor(True)
 
 # schedule, further settings, {step: learning rate}
 SCHEDULES = [
@@ -90,7 +91,7 @@ def test_weight_decay_shrinks_kernels_and_nothing_else(name):
         before[key] = parameter.detach().clone()
     assert before.keys() >= KERNELS | {"cls_token", "reg_token", "pos_embed", "norm.weight", "blocks.0.ls1.gamma"}
 
-    optim.update(optim.build(OptimConfig.parse({"name": name, "weight_decay": 0.3}), model), lr=0.1)
+    optim.update(optim.build(OptimConfig.parse({"name": name, "weight_decay": 0.3}), model), 0.1, FINITE)
     for key, parameter in model.named_parameters():
         expected = before[key] * (1 - 0.1 * 0.3) if key in KERNELS else before[key]
         assert torch.equal(parameter, expected), key
@@ -125,7 +126,7 @@ def test_updates_are_those_of_torch(name):
     for step, lr in enumerate(RATES):
         gradients(ours, step)
         gradients(theirs, step)
-        optim.update(optimizer, lr)
+        optim.update(optimizer, lr, FINITE)
         for group in reference.param_groups:
             group["lr"] = lr
         reference.step()
@@ -143,7 +144,7 @@ def test_a_restored_state_continues_to_the_same_bits(name):
     def train(module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
         for step in steps:
             gradients(module, step)
-            optim.update(optimizer, 1e-2)
+            optim.update(optimizer, 1e-2, FINITE)
 
     whole = network()
     optimizer = optim.build(config, whole)
@@ -168,6 +169,35 @@ def test_a_restored_state_continues_to_the_same_bits(name):
         assert not torch.equal(without.state_dict()[key], value), key
 
 
+@pytest.mark.parametrize("at", [0, 1, 3])
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_a_skipped_update_leaves_no_trace(name, at):
+    """A gradient that is not finite at step `at`: everything is as if that step had not been."""
+
+    def train(bad: int | None) -> dict[str, torch.Tensor]:
+        module = network()
+        optimizer = optim.build(OptimConfig.parse({"name": name, "weight_decay": 0.1}), module)
+        average = optim.Average(module, decay=0.5)
+        for step in range(5):
+            if step == at and bad is None:
+                continue
+            gradients(module, step)
+            if step == bad:
+                module[0].weight.grad[2, 3] = torch.nan
+            finite = optim.clip(module, 1.0).isfinite()
+            assert bool(finite) is (step != bad)
+            optim.update(optimizer, 1e-2, finite)
+            average.update(step, finite)
+        moments = {f"moment/{key}": value for key, value in optim.state(optimizer, module).items()}
+        means = {f"average/{key}": value for key, value in average.tensors.items()}
+        return {**module.state_dict(), **moments, **means}
+
+    expected, found = train(None), train(at)
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
 def test_the_average_follows_its_formula():
     module = nn.Linear(3, 2).double()
     average = optim.Average(module, decay=0.35)
@@ -176,7 +206,7 @@ def test_the_average_follows_its_formula():
         for name, parameter in module.named_parameters():
             nn.init.normal_(parameter)
             expected[name] = decay * expected[name] + (1 - decay) * parameter.detach()
-        average.update(step)
+        average.update(step, FINITE)
     for name, value in expected.items():
         torch.testing.assert_close(average.tensors[name], value, rtol=1e-12, atol=1e-14)
 

@@ -58,6 +58,9 @@ class Position:
     # Sums since the last line of metrics.jsonl: "images", and each of the objective's scalars times images.
     sums: dict[str, float] = field(default_factory=dict)
     bad_images: int = 0
+    # Updates that were skipped because their gradient was not finite.
+    skipped: int = 0
+    skipped_in_a_row: int = 0
 
 
 def load(path: Path) -> Trained:

@@ -15,7 +15,7 @@ from typer import Argument, Option
 
 from vitcli import __version__, console
 from vitcli.console import answer, err, out, print_error
-from vitcli.errors import DataError, RecipeError
+from vitcli.errors import CheckpointError, DataError, RecipeError
 from vitcli.recipe_commands import recipe_names, recipes
 
 if TYPE_CHECKING:
@@ -126,6 +126,9 @@ def finetune(
         int | None, Option(min=1, help="Number of classes, checked against the data.", rich_help_panel=INPUT)
     ] = None,
     res: Annotated[int | None, Option(min=1, help="Resolution in pixels.", rich_help_panel=INPUT)] = None,
+    keep_pre_logits: Annotated[
+        bool, Option("--keep-pre-logits", help="Keep the dense + tanh layer before the old head.")
+    ] = False,
     recipe: Annotated[
         str, Option(help="Name of a shipped recipe, or a .yaml file.", autocompletion=recipe_names)
     ] = "finetune",
@@ -144,7 +147,8 @@ def finetune(
     from vitcli import recipe as loader
 
     if resume:
-        _refuse_with_resume(ckpt=ckpt, data=data, classes=classes, res=res, set=sets, run=run)
+        given = {"keep-pre-logits": keep_pre_logits}
+        _refuse_with_resume(ckpt=ckpt, data=data, classes=classes, res=res, set=sets, run=run, **given)
         _resume(resume, json)
         return
     if ckpt is None:
@@ -160,8 +164,11 @@ def finetune(
         options.append(("--classes", "data.classes", classes))
     if res is not None:
         options += [("--res", "data.res", res), ("--res", "data.resize", None)]
+    layer = trained.config.representation_size if keep_pre_logits else None
+    if keep_pre_logits and layer is None:
+        raise CheckpointError(f"{trained.origin} has no pre_logits", "leave out --keep-pre-logits")
     under = {
-        "model": trained.config.model_dump(mode="json") | {"representation_size": None, "head_bias": 0.0},
+        "model": trained.config.model_dump(mode="json") | {"representation_size": layer, "head_bias": 0.0},
         "data": {"mean": list(trained.preprocessing.mean), "std": list(trained.preprocessing.std)},
     }
     loaded = loader.load(recipe, sets or (), under=under, origin=str(ckpt), options=options)
@@ -253,13 +260,14 @@ def export(
     ckpt = ckpt or _newest()
     trained = checkpoint.load(ckpt)
     folder = ckpt if (ckpt / "checkpoints").is_dir() else None
-    output = output or (folder / "export" / target.OUTPUT if folder else Path(f"{ckpt.stem}-{target.OUTPUT}"))
+    usual = folder / "export" / target.OUTPUT if folder else Path(target.OUTPUT.replace("model", ckpt.stem))
+    place: Path = output or usual
     options: dict[str, Any] = {"opset": opset or 20, "source": ckpt} if name == "onnx" else {}
     with err.status(f"exporting to {name}"):
-        report = target.export(trained, output, images=_own_images(trained), **options)
+        report = target.export(trained, place, images=_own_images(trained), **options)
     facts = asdict(report)
-    if folder and output.parent == folder / "export":
-        (output.parent / "report.json").write_text(jsons.dumps(facts, indent=1))
+    if folder and place.parent == folder / "export":
+        (place.parent / "report.json").write_text(jsons.dumps(facts, indent=1))
     print(jsons.dumps(facts) if json else "\n".join(tables.export_lines(report)))
 
 

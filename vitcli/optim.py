@@ -102,24 +102,49 @@ def build(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
         {"params": [p for name, p in named if not is_kernel(name, p)], "decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    # Momentum starts at zero here, since torch's would start at random if the first update were skipped.
     # Decay is applied by `update`, the same way for both, so the optimisers themselves are told of none.
     if config.name == "adam":
         betas = (config.beta1, config.beta2)
         return torch.optim.Adam(groups, lr=0.0, betas=betas, eps=config.eps, fused=True)
-    return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, fused=True)
+    if config.momentum:
+        for _, parameter in named:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
-def update(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """One update with learning rate `lr`: decay the kernels by lr x weight decay, then step on the gradients."""
+def clip(module: nn.Module, norm: float | None) -> Tensor:
+    """The norm of the whole gradient, a scalar, which is then scaled down to at most `norm`."""
+    import torch
+
+    return torch.nn.utils.clip_grad_norm_(module.parameters(), torch.inf if norm is None else norm)
+
+
+def update(optimizer: torch.optim.Optimizer, lr: float, finite: Tensor) -> None:
+    """One update with learning rate `lr`: decay the kernels by lr x weight decay, then step on the gradients.
+
+    Where `finite`, a scalar, is false, nothing changes but that the gradients are gone. The device decides: this
+    process need not wait for it.
+    """
     import torch
 
     for group in optimizer.param_groups:
         group["lr"] = lr
         if group["decay"] and lr:
+            kept = _either(finite, 1 - lr * group["decay"], 1.0, group["params"][0])
             with torch.no_grad():
-                torch._foreach_mul_(group["params"], 1 - lr * group["decay"])  # pyright: ignore[reportPrivateImportUsage]
+                torch._foreach_mul_(group["params"], kept)  # pyright: ignore[reportPrivateImportUsage]
+    optimizer.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue] (what GradScaler sets)
     optimizer.step()
     optimizer.zero_grad()
+
+
+def _either(finite: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
+    """One of two numbers, chosen on the device, in the type of `like`."""
+    import torch
+
+    return torch.where(finite, finite.new_full((), yes, dtype=torch.float64), no).to(like.dtype)
 
 
 def state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
@@ -154,14 +179,17 @@ class Average:
         self.live: dict[str, Tensor] = dict(module.named_parameters())
         self.tensors = {name: p.detach().clone() for name, p in self.live.items()}
 
-    def update(self, step: int) -> None:
-        """Take in the weights after update `step`."""
+    def update(self, step: int, finite: Tensor) -> None:
+        """Take in the weights after update `step`, unless it was skipped because its gradient was not `finite`."""
         import torch
 
         decay = min(self.decay, (1 + step) / (10 + step))
+        averages = list(self.tensors.values())
+        share = _either(finite, 1 - decay, 0.0, averages[0])
         with torch.no_grad():
-            averages, live = list(self.tensors.values()), list(self.live.values())
-            torch._foreach_lerp_(averages, live, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+            steps = torch._foreach_sub(list(self.live.values()), averages)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_mul_(steps, share)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_add_(averages, steps)  # pyright: ignore[reportPrivateImportUsage]
 
     def swap(self) -> None:
         """Exchange the average and the live weights; a second call puts them back."""

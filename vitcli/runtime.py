@@ -45,12 +45,13 @@ class Runtime:
 
     def prepare(self, module: Module) -> Module:
         """Move a module to the device and set how it computes; its parameters keep their names."""
-        from vitcli.model.attention import Attention, explicit_attention
+        from vitcli.model.attention import Attention, AttentionPool, explicit_attention
 
         module.to(self.device)
+        attend = explicit_attention if self.attention == "explicit" else sdpa
         for part in module.modules():
-            if isinstance(part, Attention) and self.attention == "explicit":
-                part.attend = explicit_attention
+            if isinstance(part, Attention | AttentionPool):
+                part.attend = attend
         if self.compile:
             for name, part in module.named_modules():
                 if name.rpartition(".")[0].endswith("blocks"):
@@ -97,6 +98,22 @@ class Runtime:
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "machine": platform.machine(),
         }
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """`fused_attention` by a kernel whose gradients can be trusted.
+
+    cuDNN's on Hopper (torch 2.11 to at least 2.13) are NaN where the keys are 64 beyond a multiple of 128, as in
+    images of 8x8 patches, once all scores of a query are below -88 (pytorch issue 196678).
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from vitcli.model.attention import fused_attention
+
+    if k.shape[-2] % 128 != 64:
+        return fused_attention(q, k, v, dropout)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return fused_attention(q, k, v, dropout)
 
 
 def start(config: RuntimeConfig, earlier: dict[str, Any] | None = None) -> Runtime:

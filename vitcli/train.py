@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,14 +16,15 @@ from vitcli.checkpoint import Position, Trained
 from vitcli.data.loader import epoch_steps, fingerprint, train_batches
 from vitcli.data.mix import mix, one_hot
 from vitcli.data.preprocess import normalise
-from vitcli.errors import CheckpointError, DataError, NumericsError
+from vitcli.errors import CheckpointError, DataError
 from vitcli.inference import TorchPredictor, score
+from vitcli.meter import Meter
 from vitcli.report.plots import draw_results
 from vitcli.report.progress import Progress
 from vitcli.rng import Stream
+from vitcli.stop import Stop, Stopped
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from vitcli.recipe import Recipe
@@ -34,7 +33,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `bad_images` were unreadable and replaced; `signal` stopped it early, or is None."""
+    """How a run ended. `bad_images` were unreadable and replaced; `skipped` updates had no finite gradient; `signal`
+    stopped it early, or is None.
+    """
 
     run: Path
     step: int
@@ -42,6 +43,7 @@ class Outcome:
     best_score: float | None
     best_step: int
     bad_images: int
+    skipped: int
     seconds: float
     signal: int | None
 
@@ -105,26 +107,33 @@ def fit(recipe: Recipe, run: Run, progress: Progress, trained: Trained | None = 
         run.log(step=position.step, val_loss=scores.loss, val_top1=scores.top1, val_top5=scores.top5)
         progress.scored(position.step, scores.loss, scores.top1, best=position.best_step == position.step)
 
+    def settle() -> None:
+        """Know what became of every update so far."""
+        for skipped in meter.settle():
+            run.log(step=skipped + 1, skipped="its gradient was not finite")
+            progress.note(f"warning: update {skipped + 1} skipped: its gradient was NaN or infinite")
+
     def save() -> None:
-        position.sums, position.log_bytes = meter.values(), run.log_size()
+        settle()
+        position.log_bytes = run.log_size()
         checkpoint.save_training(run.checkpoints, position, module, optimizer, average, recipe, classes)
         checkpoint.prune(run.checkpoints, recipe.keep_last, recipe.keep_every)
 
-    meter = _Meter(position.sums)
+    meter = Meter(position)
     saved = position.step if found else -1
     batches = train_batches(
         recipe.data, train_set, batch=recipe.batch, seed=recipe.seed, start=position.step, steps=steps
     )
     at_a_time = recipe.runtime.micro_batch or recipe.batch
     with (
-        _Stop() as stop,
+        Stop() as stop,
         runtimes.memory_errors(at_a_time),
         progress.training(position.step, steps, recipe.batch),
     ):
         module.train()
         while True:
             if _due(position.step, eval_every, steps) and position.scored_step < position.step:
-                with suppress(_Stopped):  # the checkpoint then says that this score is still owed
+                with suppress(Stopped):  # the checkpoint then says that this score is still owed
                     evaluate()
             if saved < position.step and (position.step == 0 or stop.signal or _due(position.step, save_every, steps)):
                 save()
@@ -150,17 +159,19 @@ def fit(recipe: Recipe, run: Run, progress: Progress, trained: Trained | None = 
                 (losses["loss"] * share).backward()
                 meter.add(losses, len(part["images"]))
 
-            if recipe.optim.clip:
-                _clip(module, recipe.optim.clip)
+            norm = optim.clip(module, recipe.optim.clip)
+            finite = norm.isfinite()
             lr = optim.learning_rate(recipe.optim, step, steps, warmup)
-            optim.update(optimizer, lr)
+            optim.update(optimizer, lr, finite)
             if average:
-                average.update(step)
+                average.update(step, finite)
+            meter.end_step(step, norm, finite)
             position.step = step + 1
 
             progress.step(position.step)
             if position.step % recipe.log_every == 0 or position.step == steps:
-                values = meter.read(position.step)
+                settle()
+                values = meter.read()
                 run.log(step=position.step, epoch=round(position.step / per_epoch, 4), lr=lr, **values)
                 progress.log(position.step, lr=lr, **values)
 
@@ -175,6 +186,7 @@ def fit(recipe: Recipe, run: Run, progress: Progress, trained: Trained | None = 
         best_score=position.best_score,
         best_step=position.best_step,
         bad_images=position.bad_images,
+        skipped=position.skipped,
         seconds=time.monotonic() - begin,
         signal=stop.signal,
     )
@@ -190,12 +202,6 @@ def _micro_batches(images: Tensor, targets: Tensor, size: int) -> Iterator[tuple
     for first in range(0, count, size):
         part = slice(first, first + size)
         yield {"images": images[part], "targets": targets[part]}, len(images[part]) / count
-
-
-def _clip(module: torch.nn.Module, norm: float) -> None:
-    import torch
-
-    torch.nn.utils.clip_grad_norm_(module.parameters(), norm)
 
 
 @contextmanager
@@ -223,71 +229,3 @@ def _compare(environment: dict[str, Any], earlier: dict[str, Any], progress: Pro
     changed = [f"{key} {earlier[key]} -> {value}" for key, value in environment.items() if earlier.get(key) != value]
     if changed:
         progress.note(f"warning: resuming is right but not to the bit: {', '.join(changed)}")
-
-
-class _Meter:
-    """Means of the objective's scalars, speed and waiting since the last line of the log."""
-
-    def __init__(self, sums: dict[str, float]):
-        self._sums: dict[str, Any] = dict(sums)
-        self._restart()
-
-    def _restart(self) -> None:
-        self._begin, self._waited, self._seen = time.monotonic(), 0.0, 0
-
-    def wait(self, seconds: float) -> None:
-        """Count time spent waiting for data."""
-        self._waited += seconds
-
-    def add(self, losses: dict[str, Tensor], images: int) -> None:
-        """Count the losses of some images, without waiting for the device."""
-        self._seen += images
-        for key, value in {"images": images, **{k: v.detach() * images for k, v in losses.items()}}.items():
-            self._sums[key] = self._sums.get(key, 0.0) + value
-
-    def values(self) -> dict[str, float]:
-        """The sums as numbers. Raises NumericsError if one is not finite."""
-        values = {key: float(value) for key, value in self._sums.items()}
-        for key, value in values.items():
-            if not math.isfinite(value):
-                raise NumericsError(
-                    f"the {key} became {value} since the last line of the log",
-                    "the checkpoints are from before; lower optim.lr, lengthen the warm-up or set optim.clip=1.0",
-                )
-        return values
-
-    def read(self, step: int) -> dict[str, float]:
-        """The means, images per second and the share of time spent waiting; then start afresh."""
-        values, seconds = self.values(), time.monotonic() - self._begin
-        images = values.pop("images")
-        means = {key: value / images for key, value in values.items()}
-        speed = {"images_per_second": round(self._seen / seconds, 1), "waiting": round(self._waited / seconds, 3)}
-        self._sums = {}
-        self._restart()
-        return means | speed
-
-
-class _Stopped(Exception):  # noqa: N818 (not an error)
-    """Raised inside an evaluation when a signal has come."""
-
-
-class _Stop:
-    """Remembers SIGINT and SIGTERM instead of obeying at once."""
-
-    signal: int | None = None
-
-    def __enter__(self) -> _Stop:
-        self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, _: object) -> None:
-        self.signal = self.signal or number
-
-    def check(self, *_: object) -> None:
-        """Raise _Stopped if a signal has come."""
-        if self.signal:
-            raise _Stopped

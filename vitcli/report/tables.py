@@ -140,6 +140,8 @@ def outcome_lines(outcome: Outcome) -> Iterator[str]:
     yield f"{outcome.run}: {outcome.steps} steps in {outcome.seconds:.0f} s, {best}"
     if outcome.bad_images:
         yield f"{outcome.bad_images} unreadable images were replaced; train.log names them"
+    if outcome.skipped:
+        yield f"{outcome.skipped} updates were skipped, whose gradient was not finite; train.log names them"
     yield f"next: vit export --onnx --ckpt {outcome.run}"
 
 

@@ -1,0 +1,89 @@
+"""What training counts between two lines of its log: means, speed, waiting, and updates that were skipped."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from vitcli.errors import NumericsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vitcli.checkpoint import Position
+
+IN_A_ROW = 3  # skipped updates that end a run
+
+
+class Meter:
+    """Means of the objective's scalars, speed and waiting since the last line of the log.
+
+    Nothing here waits for the device but `read` and `settle`. The sums are kept in `position`, and so in a
+    checkpoint, with the number of updates that were skipped because their gradient was not finite.
+    """
+
+    def __init__(self, position: Position):
+        self._position = position
+        self._sums: dict[str, Any] = dict(position.sums)
+        self._step: dict[str, Any] = {}
+        self._finite: list[tuple[int, Tensor]] = []
+        self._restart()
+
+    def _restart(self) -> None:
+        self._begin, self._waited, self._seen = time.monotonic(), 0.0, 0
+
+    def wait(self, seconds: float) -> None:
+        """Count time spent waiting for data."""
+        self._waited += seconds
+
+    def add(self, losses: dict[str, Tensor], images: int) -> None:
+        """Count the losses of some images of the update under way."""
+        self._seen += images
+        _add(self._step, {"images": images, **{name: value.detach() * images for name, value in losses.items()}})
+
+    def end_step(self, step: int, norm: Tensor, finite: Tensor) -> None:
+        """The update is done, or skipped because the norm of its gradient is not `finite`: then it counts nothing."""
+        done = {**self._step, "grad_norm": norm * self._step["images"]}
+        _add(self._sums, {name: (finite * value).where(finite, 0.0) for name, value in done.items()})
+        self._step = {}
+        self._finite.append((step, finite))
+
+    def settle(self) -> list[int]:
+        """Bring `position` up to date; the updates that were skipped since the last time.
+
+        Raises NumericsError if too many were skipped one after another.
+        """
+        import torch
+
+        skipped = []
+        steps, flags = zip(*self._finite, strict=True) if self._finite else ((), ())
+        for step, finite in zip(steps, torch.stack(flags).tolist() if flags else (), strict=True):
+            if finite:
+                self._position.skipped_in_a_row = 0
+                continue
+            skipped.append(step)
+            self._position.skipped_in_a_row += 1
+            if self._position.skipped_in_a_row == IN_A_ROW:
+                raise NumericsError(
+                    f"the gradient of {IN_A_ROW} updates in a row, up to step {step}, was NaN or infinite",
+                    "the weights are from before; lower optim.lr, lengthen the warm-up, or try model.qk_norm=true",
+                )
+        self._finite = []
+        self._position.skipped += len(skipped)
+        self._position.sums = {name: float(value) for name, value in self._sums.items()}
+        return skipped
+
+    def read(self) -> dict[str, float]:
+        """The means, images per second and the share of time spent waiting; then start afresh. `settle` first."""
+        seconds, sums = time.monotonic() - self._begin, dict(self._position.sums)
+        images = sums.pop("images", 0.0)
+        means = {name: value / images for name, value in sums.items()} if images else {}
+        speed = {"images_per_second": round(self._seen / seconds, 1), "waiting": round(self._waited / seconds, 3)}
+        self._sums, self._position.sums = {}, {}
+        self._restart()
+        return means | speed
+
+
+def _add(sums: dict[str, Any], values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0.0) + value
