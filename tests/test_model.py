@@ -248,6 +248,19 @@ def test_both_attentions_agree(config):
     torch.testing.assert_close(model(x), fused, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "config", [{}, {"registers": 2, "qk_norm": True}, {"distilled": True}, {"pool": "gap"}], ids=str
+)
+def test_computing_only_what_the_head_reads_is_the_same_function(config):
+    model = build(**config)
+    x = images(2, 3, 32, 48)
+    tokens = model.encode(model.embed(x))
+    logits = model.head(model.pool(tokens))
+    if model.head_dist is not None:
+        logits = (logits + model.head_dist(tokens[:, 1])) / 2
+    torch.testing.assert_close(model(x), logits, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("attend", [fused_attention, explicit_attention])
 def test_attention_dropout_keeps_the_mean(attend):
     torch.manual_seed(0)

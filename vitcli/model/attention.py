@@ -56,8 +56,16 @@ class Attention(nn.Module):
         nn.init.zeros_(self.qkv.bias)
         nn.init.zeros_(self.proj.bias)
 
-    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
+    def forward(self, x: Float[Tensor, "b n d"], first: int | None = None) -> Float[Tensor, "b m d"]:
+        """All tokens, or only the `first` ones, which attend to all."""
+        if first is None:
+            parts = self.qkv(x).chunk(3, dim=-1)
+        else:
+            (q_weight, kv_weight), (q_bias, kv_bias) = (
+                p.split([x.shape[-1], 2 * x.shape[-1]]) for p in (self.qkv.weight, self.qkv.bias)
+            )
+            parts = (F.linear(x[:, :first], q_weight, q_bias), *F.linear(x, kv_weight, kv_bias).chunk(2, dim=-1))
+        q, k, v = (split_heads(part, self.heads) for part in parts)
         out = self.attend(self.q_norm(q), self.k_norm(k), v, self.attention_dropout if self.training else 0.0)
         return self.dropout(self.proj(join_heads(out)))
 

@@ -54,7 +54,8 @@ class ViT(nn.Module):
             self.head_dist = _head(features, classes, c.head_bias) if classes else nn.Identity()
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b *n k"]:
-        tokens = self.encode(self.embed(images))
+        # Where only class tokens are read, the last block computes no others: the same function, for less.
+        tokens = self.encode(self.embed(images), 1 + self.config.distilled if self.config.pool == "token" else None)
         logits = self.head(self.pre_logits(self.pool(tokens)))
         return logits if self.head_dist is None else (logits + self.head_dist(tokens[:, 1])) / 2
 
@@ -73,10 +74,10 @@ class ViT(nn.Module):
                 x = torch.cat([token.expand(x.shape[0], -1, -1), x], dim=1)
         return self.norm_pre(self.dropout(x))
 
-    def encode(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """The blocks and the last norm."""
-        for block in self.blocks:
-            x = block(x)
+    def encode(self, x: Float[Tensor, "b n d"], first: int | None = None) -> Float[Tensor, "b m d"]:
+        """The blocks and the last norm: all tokens, or only the `first` ones."""
+        for i, block in enumerate(self.blocks):
+            x = block(x, first if i == len(self.blocks) - 1 else None)
         return self.norm(x)
 
     def pool(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b *m d"]:
@@ -126,8 +127,10 @@ class Block(nn.Module):
         self.ls2 = LayerScale(d, c.layerscale) if c.layerscale else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+    def forward(self, x: Float[Tensor, "b n d"], first: int | None = None) -> Float[Tensor, "b m d"]:
+        """All tokens, or only the `first` ones, which have attended to all."""
+        kept = x if first is None else x[:, :first]
+        x = kept + self.drop_path(self.ls1(self.attn(self.norm1(x), first)))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
