@@ -9,6 +9,15 @@ from jaxtyping import install_import_hook
 install_import_hook("vitcli.model", "beartype.beartype")
 
 
+# Files that take longest begin first, so that the two processes end together.
+LONGEST = ("test_resume", "test_readme", "test_commands", "test_processes")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Golden files, real images and real weights that do not travel with the project."""

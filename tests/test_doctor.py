@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 from rich.console import Console
 
-from vitcli import onnx_providers
+from vitcli import onnx_providers, tensorrt_library
 from vitcli.report import doctor, tables
 from vitcli.report.doctor import Finding
 
@@ -128,3 +128,23 @@ def test_a_driver_that_torch_cannot_use_is_a_problem(monkeypatch):
     monkeypatch.setattr(doctor, "_driver", lambda: "")
     (finding,) = (f for f in doctor._torch() if f.item == "CUDA")
     assert finding.ok
+
+
+def test_tensorrt_that_is_missing_broken_or_without_a_gpu(monkeypatch, tmp_path):
+    (tmp_path / "broken_tensorrt.py").write_text("raise OSError('libx.so.1: no such file')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(tensorrt_library, "MODULES", {"TensorRT": "broken_tensorrt", "TensorRT-RTX": "no_such_module"})
+    tensorrt_library.load.cache_clear()
+    assert list(doctor._tensorrt()) == [
+        Finding("tensorrt", "TensorRT", "does not load: libx.so.1: no such file", ok=False),
+        Finding("tensorrt", "TensorRT-RTX", "not installed"),
+    ]
+    usable = tensorrt_library.Library("TensorRT", "11.4", tensorrt_library, None, [])
+    monkeypatch.setattr(tensorrt_library, "MODULES", {"TensorRT": "json", "TensorRT-RTX": "json"})
+    monkeypatch.setattr(tensorrt_library, "load", lambda name: usable)
+    for reason, found in (
+        (None, ["11.4, usable"] * 2),
+        ("why", ["11.4, builds and runs none here: why", "11.4, builds engines, and runs none here: why"]),
+    ):
+        monkeypatch.setattr(tensorrt_library, "why_not", lambda library, reason=reason: reason)
+        assert [finding.value for finding in doctor._tensorrt()] == found

@@ -2,10 +2,10 @@ import hashlib
 import json
 import os
 import resource
-import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jaxtyping
 import numpy as np
@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx.external_data_helper import set_external_data
+from onnxscript import ir
 from PIL import Image
 
 from vitcli import exporters, onnx_model, onnx_providers
@@ -162,13 +163,19 @@ def test_nothing_of_this_machine_is_in_the_file(exported):
 @pytest.fixture
 def traced(exported, monkeypatch):
     """Take the model that was traced before, which saves seconds."""
-    monkeypatch.setattr(to_onnx, "_trace", lambda trained, file, opset: shutil.copy(exported[1], file))
+    monkeypatch.setattr(to_onnx, "_trace", lambda *_: ir.load(exported[1]))
 
 
 @pytest.mark.usefixtures("traced")
 def test_the_given_images_are_used(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(to_onnx, "check", lambda reference, file, images: seen.append(images))
+    honest = to_onnx.check
+
+    def spy(reference, file, images, *rest, **options):
+        seen.append(images)
+        return honest(reference, file, images, *rest, **options)
+
+    monkeypatch.setattr(to_onnx, "check", spy)
     given = [Image.new("RGB", (40, 50), (i, 0, 0)) for i in range(12)]
     to_onnx.export(tiny(), tmp_path / "model.onnx", images=given)
     assert seen[0][:, 0, 0, 0].tolist() == list(range(12))
@@ -267,7 +274,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
 
 
 def test_a_model_without_head_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="no head"):
+    with pytest.raises(CheckpointError, match="names no classes"):
         to_onnx.export(replace(tiny(), classes=()), tmp_path / "model.onnx")
 
 
@@ -420,7 +427,7 @@ def test_a_cut_off_file_is_refused(tmp_path, exported):
 def test_cuda_is_never_replaced_in_silence(exported, capfd):
     with pytest.raises(UserError, match="no CUDA device"):
         OnnxPredictor(exported[1], "cuda")
-    assert OnnxPredictor(exported[1], "auto")._session.get_providers() == ["CPUExecutionProvider"]
+    assert OnnxPredictor(exported[1], "auto")._runner.provider == "CPUExecutionProvider"
     assert capfd.readouterr() == ("", "")
 
 
@@ -428,6 +435,7 @@ def test_cuda_is_never_replaced_in_silence(exported, capfd):
 @pytest.mark.skipif("CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="CPU build of ORT")
 def test_a_gpu_that_onnx_runtime_cannot_use_is_said(exported, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(cuda_stream=1, device_index=0))
     monkeypatch.setattr(onnx_providers, "why_not", lambda provider: ("libx.so.1 is missing", "pip install x"))
     with pytest.raises(UserError, match=r"libx\.so\.1 is missing") as caught:
         OnnxPredictor(exported[1], "cuda")

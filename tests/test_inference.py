@@ -302,7 +302,7 @@ def test_open_predictor_says_what_an_option_is_for(tmp_path):
 
 def test_a_checkpoint_without_head_names_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(inference.checkpoint, "load", lambda path: random_model(()))
-    with pytest.raises(CheckpointError, match="has no head"):
+    with pytest.raises(CheckpointError, match="names no classes"):
         open_predictor(tmp_path)
 
 

@@ -325,7 +325,7 @@ def test_each_mistake_is_told_at_the_layer_that_made_it(write):
         f"{path}:1:17: data.agument: unknown key (did you mean augment?)",
         f"{path}:2:18: model.dropout: must be less than 1.0, got 2",
         "--set seed: programs differ over 012: write 12, or '012' for text",
-        "B.npz: model.pool: expected token or gap or map or none, got 'best'",
+        "B.npz: model.pool: expected token or gap or token_gap or map or none, got 'best'",
         "--classes: data.classes: must be greater than 0, got 0",
         "--set data.nope: unknown key; there is " + ", ".join(type(recipe.load("quickstart").data).model_fields),
         "--set optim.lr: expected a number > 0, got 'fast'",

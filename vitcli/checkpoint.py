@@ -10,15 +10,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from vitcli import __version__, optim, storage, weights
 from vitcli.data import Preprocessing
-from vitcli.data.imagenet import WNIDS
+from vitcli.data.imagenet import WNIDS, as_ids, in_words
 from vitcli.errors import CheckpointError
 from vitcli.model import ViTConfig
+from vitcli.processes import spread, whole
 from vitcli.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -78,38 +79,56 @@ def load(path: Path) -> Trained:
         return _load_own(folder)
     if path.is_file() or weights.is_folder(path):
         return _load_foreign(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a device or a pipe, not a file")
     return _load_own(_usable(path))
 
 
-def save_model(folder: Path, model: ViT, recipe: Recipe, classes: tuple[str, ...], step: int) -> None:
-    """Write best/ or last/: a model to use."""
-    storage.write_folder(folder, lambda place: _write_model(place, model, recipe, classes, step))
+def save_model(folder: Path, state: dict[str, Tensor], recipe: Recipe, classes: tuple[str, ...], step: int) -> None:
+    """Write best/ or last/: a model to use, from the whole of its state; transformers opens it if it has its like."""
+    from vitcli.weights import huggingface
+
+    def write(place: Path) -> None:
+        pixels = recipe.data.preprocessing.model_dump(mode="json")
+        words = in_words(classes)
+        foreign = weights.Foreign("huggingface", recipe.model, state, len(classes), recipe.data.res, pixels, words)
+        try:
+            huggingface.write(foreign, place)
+        except CheckpointError as error:
+            _write_model(place, state, recipe, classes, step)
+            (place / "README.md").write_text(f"A model for `vit`, not for transformers: {error}.\n")
+        else:
+            config = json.loads((place / "config.json").read_text())
+            config["vitcli"] |= _facts(recipe, classes, step)
+            (place / "config.json").write_text(json.dumps(config, indent=1))
+
+    storage.write_folder(folder, write)
+
+
+def training_state(
+    module: ObjectiveModule, optimizer: torch.optim.Optimizer, average: optim.Average | None
+) -> dict[str, Tensor]:
+    """All tensors that training needs to go on, whole and on the CPU. Processes that train together call it at once."""
+    tensors = {f"module/{name}": tensor for name, tensor in module.state_dict().items()}
+    tensors |= {f"optimizer/{name}": tensor for name, tensor in optim.state(optimizer, module).items()}
+    if average:
+        tensors |= {f"average/{name}": tensor for name, tensor in average.tensors.items()}
+    return whole(tensors)
 
 
 def save_training(
-    folder: Path,
-    position: Position,
-    module: ObjectiveModule,
-    optimizer: torch.optim.Optimizer,
-    average: optim.Average | None,
-    recipe: Recipe,
-    classes: tuple[str, ...],
+    folder: Path, position: Position, state: dict[str, Tensor], recipe: Recipe, classes: tuple[str, ...]
 ) -> None:
-    """Write a checkpoint to resume from."""
+    """Write a checkpoint to resume from, with what `training_state` gave."""
     from safetensors.torch import save_file
 
+    prefix = "module/model."
+    model = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    rest = {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith(prefix)}
+
     def write(place: Path) -> None:
-        _write_model(place, module.model, recipe, classes, position.step)
-        tensors = {f"optimizer/{name}": tensor for name, tensor in optim.state(optimizer, module).items()}
-        tensors |= {
-            f"module/{name}": tensor for name, tensor in module.state_dict().items() if not name.startswith("model.")
-        }
-        if average:
-            tensors |= {f"average/{name}": tensor for name, tensor in average.tensors.items()}
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            place / "training.safetensors",
-        )
+        _write_model(place, model, recipe, classes, position.step)
+        save_file(rest, place / "training.safetensors")
         (place / "state.json").write_text(json.dumps(asdict(position), indent=1))
 
     storage.write_folder(folder / f"step_{position.step:08d}", write)
@@ -140,11 +159,13 @@ def resume(
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
-    module.load_state_dict({f"model.{name}": tensor for name, tensor in own.items()} | part("module/"))
+    live = dict(module.state_dict())
+    found = {f"model.{name}": tensor for name, tensor in own.items()} | part("module/")
+    module.load_state_dict({name: spread(tensor, like=live[name]) for name, tensor in found.items()})
     optim.load_state(optimizer, module, part("optimizer/"))
     if average:
         for name, tensor in part("average/").items():
-            average.tensors[name].copy_(tensor)
+            average.tensors[name].copy_(spread(tensor, like=average.tensors[name]))
     return Position(**json.loads((folder / "state.json").read_text()))
 
 
@@ -156,49 +177,68 @@ def prune(checkpoints: Path, keep_last: int, keep_every: int | None) -> None:
 
 
 def start_from(trained: Trained, config: ViTConfig, classes: int, image_size: tuple[int, int]) -> tuple[ViT, list[str]]:
-    """A model for another task that starts from trained weights: new zero head, position table stretched.
+    """A model for another task that starts from trained weights: new zero head, patches resized and position table
+    stretched where `config` and `image_size` want others, `pre_logits` kept where `config` has it.
 
     Returns the model and a line for each thing that was not taken over as it is. Raises CheckpointError where the
     architectures differ otherwise.
     """
     from vitcli.model.position import resize_state
+    from vitcli.model.stem import resize_patches
 
     model = config.build(classes, image_size)
-    fresh = model.state_dict()
-    old = trained.model.state_dict()
+    fresh, old = model.state_dict(), trained.model.state_dict()
     notes = []
-    if image_size != trained.image_size and "pos_embed" in old:
-        old = resize_state(old, config, trained.image_size, image_size)
-        grids = " -> ".join("x".join(map(str, config.grid(size))) for size in (trained.image_size, image_size))
+
+    before, after = trained.config.patch, config.patch
+    size = trained.image_size
+    if before != after:
+        if config.stem or trained.config.stem:
+            raise CheckpointError(f"{trained.origin}: a hybrid's patches are not resized", f"set model.patch={before}")
+        old = {**old, "patch_embed.proj.weight": resize_patches(old["patch_embed.proj.weight"], after)}
+        size = (size[0] // before * after, size[1] // before * after)  # which has as many of the new patches
+        notes.append(f"patches resized {before}x{before} -> {after}x{after} (FlexiViT's pseudo-inverse)")
+    if size != image_size and "pos_embed" in old:
+        old = resize_state(old, config, size, image_size)
+        grids = " -> ".join("x".join(map(str, config.grid(side))) for side in (size, image_size))
         notes.append(f"position table stretched {grids} ({config.posemb_resize})")
-    dropped = [name for name in old if name.startswith(("head.", "pre_logits."))]
-    if dropped:
-        notes.append(
-            f"old head dropped ({len(trained.classes)} classes{', with pre_logits' if len(dropped) > 2 else ''})"
-        )
+
+    keep = "pre_logits.fc.weight" in old and config.representation_size is not None
+    taken = {
+        name: tensor
+        for name, tensor in old.items()
+        if not name.startswith(("head.", "head_dist.")) and (keep or not name.startswith("pre_logits."))
+    }
+    if trained.model.classes:
+        outputs = f"{len(trained.classes)} classes" if trained.classes else f"{trained.model.classes} features"
+        dropped = ", with pre_logits" if "pre_logits.fc.weight" in old.keys() - taken.keys() else ""
+        notes.append(f"old head dropped ({outputs}{dropped})" + (", pre_logits kept" if keep else ""))
     notes.append(f"new zero head for {classes} classes")
-    taken = {name: tensor for name, tensor in old.items() if name not in dropped}
-    kept = {name: tensor for name, tensor in fresh.items() if name.startswith(("head.", "pre_logits."))}
-    _check_fit(fresh, taken | kept, trained.origin)
-    model.load_state_dict(taken | kept)
+
+    heads = {name: tensor for name, tensor in fresh.items() if name.startswith(("head.", "head_dist.", "pre_logits."))}
+    state = heads | taken
+    _check_fit(fresh, state, trained.origin)
+    model.load_state_dict(state)
     return model, notes
 
 
-def _write_model(place: Path, model: ViT, recipe: Recipe, classes: tuple[str, ...], step: int) -> None:
+def _write_model(place: Path, state: dict[str, Tensor], recipe: Recipe, classes: tuple[str, ...], step: int) -> None:
     from safetensors.torch import save_file
 
-    config = {
+    (place / "config.json").write_text(json.dumps(_facts(recipe, classes, step), indent=1))
+    (place / "preprocessor_config.json").write_text(recipe.data.preprocessing.model_dump_json(indent=1))
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, place / "model.safetensors")
+
+
+def _facts(recipe: Recipe, classes: tuple[str, ...], step: int) -> dict[str, Any]:
+    """What a config.json says of the run: at its top, or under "vitcli" where transformers has the top."""
+    return {
         "format": "vitcli",
         "version": __version__,
         "step": step,
         "classes": classes,
         "recipe": recipe.model_dump(),
     }
-    (place / "config.json").write_text(json.dumps(config, indent=1))
-    (place / "preprocessor_config.json").write_text(recipe.data.preprocessing.model_dump_json(indent=1))
-    save_file(
-        {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, place / "model.safetensors"
-    )
 
 
 def _usable(path: Path) -> Path:
@@ -222,14 +262,20 @@ def _load_own(folder: Path) -> Trained:
     storage.verify(folder)
     try:
         config = json.loads((folder / "config.json").read_text())
-        recipe = Recipe.parse(config["recipe"])
-        classes = tuple(config["classes"])
-        step = int(config["step"])
-    except (ValueError, KeyError, TypeError, OSError, ValidationError) as error:
+        facts = config.get("vitcli", config)
+        recipe = Recipe.parse(facts["recipe"])
+        classes = tuple(facts["classes"])
+        step = int(facts["step"])
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, ValidationError) as error:
         raise CheckpointError(
             f"{folder / 'config.json'} is not a vitcli checkpoint's: {error}".splitlines()[0]
         ) from None
-    state = load_file(folder / "model.safetensors") | _averaged(folder)
+    if facts is config:
+        state = load_file(folder / "model.safetensors") | _averaged(folder)
+    else:
+        state = weights.load(folder).state
+        if recipe.model.posemb != "learned":  # transformers has a fixed table among the weights
+            del state["pos_embed"]
     return Trained(
         model=_build(recipe.model, len(classes), recipe.data.res, state, str(folder)),
         config=recipe.model,
@@ -257,12 +303,20 @@ def _load_foreign(path: Path) -> Trained:
     count, classes = foreign.head_classes, foreign.classes
     if classes is None:
         classes = WNIDS if count == len(WNIDS) else tuple(map(str, range(count)))
+    classes = as_ids(classes)
+    try:
+        preprocessing = Preprocessing.parse(foreign.preprocessing)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: its preprocessing cannot be used: {error.errors()[0]['msg']}") from error
+    if preprocessing.res != foreign.image_size:
+        shown = " but ".join(f"{height}x{width}" for height, width in (preprocessing.res, foreign.image_size))
+        raise CheckpointError(f"{path}: its preprocessing makes images of {shown} is what the model takes")
     return Trained(
         model=_build(foreign.config, count, foreign.image_size, foreign.state, str(path)),
         config=foreign.config,
         classes=classes,
         image_size=foreign.image_size,
-        preprocessing=Preprocessing.parse(foreign.preprocessing),
+        preprocessing=preprocessing,
         origin=f"{path} ({foreign.format})",
     )
 
@@ -289,5 +343,5 @@ def _check_fit(expected: dict[str, Tensor], found: dict[str, Tensor], origin: st
             raise CheckpointError(
                 f"{origin}: {name} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}"
             )
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not weights.is_finite(tensor):
             raise CheckpointError(f"{origin}: {name} holds NaN or infinity")

@@ -6,6 +6,7 @@ stdout holds the answer only; all else goes to stderr. torch is loaded inside a 
 from __future__ import annotations
 
 import json as jsons
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,10 +17,10 @@ from typer import Argument, Option
 from vitcli import __version__, console
 from vitcli.console import answer, err, out, print_error
 from vitcli.errors import CheckpointError, DataError, RecipeError
+from vitcli.export_command import export
 from vitcli.recipe_commands import recipe_names, recipes
 
 if TYPE_CHECKING:
-    from vitcli.checkpoint import Trained
     from vitcli.data.sources import Dataset
     from vitcli.recipe import Recipe
     from vitcli.train import Outcome
@@ -33,13 +34,8 @@ app = typer.Typer(
 app.add_typer(recipes, name="recipes", rich_help_panel="Look")
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Provider = Annotated[Literal["auto", "cuda", "tensorrt", "cpu"], Option(help="ONNX Runtime's, for .onnx files.")]
 RESULT, TRAIN, INPUT = "Result", "Training", "Input"
-
-
-def _targets(incomplete: str) -> list[str]:
-    from vitcli.exporters import targets
-
-    return [name for name in targets() if name.startswith(incomplete)]
 
 
 def _recipe_keys(incomplete: str) -> list[str]:
@@ -62,6 +58,9 @@ RunFolder = Annotated[
 ]
 Resume = Annotated[
     Path | None, Option(metavar="RUN", help="Continue the run in this folder, to the same bits.", rich_help_panel=TRAIN)
+]
+Gpus = Annotated[
+    int | None, Option(min=1, help="Train on so many GPUs of this machine, a process each.", rich_help_panel=TRAIN)
 ]
 DryRun = Annotated[bool, Option("--dry-run", help="Print size, cost and time of the training, and train nothing.")]
 Json = Annotated[bool, Option("--json", help="One JSON object on stdout.", rich_help_panel=RESULT)]
@@ -86,6 +85,7 @@ def pretrain(
     sets: Set = None,
     run: RunFolder = None,
     resume: Resume = None,
+    gpus: Gpus = None,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
@@ -101,7 +101,7 @@ def pretrain(
 
     if resume:
         _refuse_with_resume(recipe=recipe, set=sets, run=run)
-        _resume(resume, json)
+        _resume(resume, json, gpus)
         return
     if recipe is None:
         raise RecipeError("no recipe given", "vit pretrain quickstart, or `vit recipes` for the others")
@@ -109,6 +109,8 @@ def pretrain(
     if dry_run:
         _print_plan(loaded, json)
         return
+    if gpus:
+        _launch(gpus)
     from vitcli import launch  # loads torch, which a wrong recipe need not wait for
 
     _finish(launch.begin(loaded, recipe, run), json)
@@ -135,6 +137,7 @@ def finetune(
     sets: Set = None,
     run: RunFolder = None,
     resume: Resume = None,
+    gpus: Gpus = None,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
@@ -147,9 +150,9 @@ def finetune(
     from vitcli import recipe as loader
 
     if resume:
-        given = {"keep-pre-logits": keep_pre_logits}
-        _refuse_with_resume(ckpt=ckpt, data=data, classes=classes, res=res, set=sets, run=run, **given)
-        _resume(resume, json)
+        given = {"ckpt": ckpt, "data": data, "classes": classes, "res": res, "set": sets, "run": run}
+        _refuse_with_resume(**given, keep_pre_logits=keep_pre_logits)
+        _resume(resume, json, gpus)
         return
     if ckpt is None:
         raise RecipeError("no --ckpt given", "vit finetune --ckpt WEIGHTS --data FOLDER; without weights: vit pretrain")
@@ -175,6 +178,8 @@ def finetune(
     if dry_run:
         _print_plan(loaded, json)
         return
+    if gpus:
+        _launch(gpus)
     from vitcli import launch
 
     _finish(launch.begin(loaded, recipe, run, ckpt, trained), json)
@@ -189,7 +194,7 @@ def evaluate(
     ] = None,
     batch: Annotated[int, Option(min=1)] = 64,
     device: Device = "auto",
-    provider: Annotated[Literal["auto", "cuda", "cpu"], Option(help="For .onnx files.")] = "auto",
+    provider: Provider = "auto",
     allow_bad: Annotated[
         bool, Option("--allow-bad", help="Leave unreadable images out of the score.", rich_help_panel=INPUT)
     ] = False,
@@ -222,53 +227,7 @@ def evaluate(
         raise DataError(f"top-1 {scores.top1:.2%} is below --min-top1 {min_top1:.2%}")
 
 
-@app.command(rich_help_panel="Use")
-def export(
-    onnx: Annotated[bool, Option("--onnx", help="Short for --to onnx.")] = False,
-    to: Annotated[
-        str | None,
-        Option(metavar="FORMAT", autocompletion=_targets, help="onnx, huggingface, timm, torchvision or google."),
-    ] = None,
-    ckpt: Checkpoint = None,
-    output: Annotated[
-        Path | None, Option("-o", "--output", help="[dim]RUN/export/model.onnx[/]", rich_help_panel=RESULT)
-    ] = None,
-    opset: Annotated[int | None, Option(help="ONNX operator set, 18 to 25. [dim]20[/]")] = None,
-    json: Json = False,
-) -> None:
-    """Write a model for other programs, and check that it answers as the checkpoint does.
-
-    vit export --onnx
-
-    vit export --onnx --ckpt runs/quickstart -o digits.onnx --opset 23
-
-    vit export --to huggingface --ckpt ViT-B_16.npz
-    """
-    from vitcli.exporters import target as find
-
-    if onnx and to not in (None, "onnx"):
-        raise RecipeError(f"--onnx does not go with --to {to}", "give one of them")
-    name = "onnx" if onnx else to
-    if name is None:
-        raise RecipeError("no format given", "vit export --onnx, or --to huggingface")
-    target = find(name)
-    if opset is not None and name != "onnx":
-        raise RecipeError(f"--opset has no effect with --to {name}", "it is for --onnx")
-    from vitcli import checkpoint
-    from vitcli.report import tables
-
-    ckpt = ckpt or _newest()
-    trained = checkpoint.load(ckpt)
-    folder = ckpt if (ckpt / "checkpoints").is_dir() else None
-    usual = folder / "export" / target.OUTPUT if folder else Path(target.OUTPUT.replace("model", ckpt.stem))
-    place: Path = output or usual
-    options: dict[str, Any] = {"opset": opset or 20, "source": ckpt} if name == "onnx" else {}
-    with err.status(f"exporting to {name}"):
-        report = target.export(trained, place, images=_own_images(trained), **options)
-    facts = asdict(report)
-    if folder and place.parent == folder / "export":
-        (place.parent / "report.json").write_text(jsons.dumps(facts, indent=1))
-    print(jsons.dumps(facts) if json else "\n".join(tables.export_lines(report)))
+app.command(rich_help_panel="Use")(export)
 
 
 @app.command(rich_help_panel="Use")
@@ -280,7 +239,7 @@ def predict(
     top: Annotated[int, Option(min=1, help="Classes for each image.", rich_help_panel=RESULT)] = 5,
     batch: Annotated[int, Option(min=1)] = 32,
     device: Device = "auto",
-    provider: Annotated[Literal["auto", "cuda", "cpu"], Option(help="For .onnx files.")] = "auto",
+    provider: Provider = "auto",
     json: Json = False,
     jsonl: Annotated[bool, Option("--jsonl", help="A JSON object for each image.", rich_help_panel=RESULT)] = False,
     csv: Annotated[bool, Option("--csv", help="CSV, a line for each class.", rich_help_panel=RESULT)] = False,
@@ -336,16 +295,31 @@ def doctor(json: Json = False) -> None:
     )
 
 
-def _resume(run: Path, json: bool) -> None:
+def _resume(run: Path, json: bool, gpus: int | None) -> None:
+    if gpus:
+        _launch(gpus)
     from vitcli import launch
 
     _finish(launch.resume(run), json)
+
+
+def _launch(gpus: int) -> None:
+    """Run this command again, in a process for each GPU, and end as they do."""
+    from vitcli import processes
+
+    words = [word for word in sys.argv[1:] if not word.startswith("--gpus=")]
+    if "--gpus" in words:
+        at = words.index("--gpus")
+        del words[at : at + 2]
+    raise typer.Exit(processes.launch(words, processes.visible(gpus)))
 
 
 def _finish(outcome: Outcome, json: bool) -> None:
     """Say how training ended, and what to type next."""
     from vitcli.report import tables
 
+    if not outcome.first:
+        raise typer.Exit(128 + outcome.signal if outcome.signal else 0)
     if outcome.signal:
         print_error(f"stopped by signal {outcome.signal} after step {outcome.step} of {outcome.steps}, which is saved")
         err.print(f"hint: vit pretrain --resume {outcome.run}", highlight=False, soft_wrap=True)
@@ -357,7 +331,7 @@ def _finish(outcome: Outcome, json: bool) -> None:
 def _refuse_with_resume(**given: object) -> None:
     for name, value in given.items():
         if value:
-            shown = "a recipe" if name == "recipe" else f"--{name}"
+            shown = "a recipe" if name == "recipe" else f"--{name.replace('_', '-')}"
             raise RecipeError(f"{shown} does not go with --resume: a run keeps its recipe", "start a new run instead")
 
 
@@ -387,17 +361,6 @@ def _images_to_score(ckpt: Path, data: str | None) -> Dataset:
     if trained is None or trained.recipe is None:
         raise DataError("no --data given", f"{ckpt} does not say what it was trained on: --data FOLDER")
     return trained.recipe.data.source.open("val")
-
-
-def _own_images(trained: Trained) -> list[Any] | None:
-    """Some of the run's own validation images, or None where they are not at hand."""
-    if trained.recipe is None:
-        return None
-    try:
-        dataset = trained.recipe.data.source.open("val")
-        return [dataset.image(index) for index in range(0, len(dataset), max(1, len(dataset) // 64))]
-    except DataError:
-        return None
 
 
 def _newest() -> Path:

@@ -18,6 +18,11 @@ out, err = Console(), Console(stderr=True)
 UsageError = typer.BadParameter.__mro__[2]  # of all mistakes of usage; typer 0.29 has a copy of click's of its own
 
 
+def nowhere() -> Console:
+    """A console that nobody sees, for processes that stand behind the first."""
+    return Console(file=open(os.devnull, "w"))
+
+
 def answer(
     json: bool, as_json: Callable[[], str], as_table: Callable[[], Any], as_lines: Callable[[], Iterable[str]]
 ) -> None:

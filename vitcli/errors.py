@@ -48,6 +48,12 @@ class LockedError(UserError):
     exit_code = 7
 
 
+class ProcessError(UserError):
+    """Processes that train together lost one another."""
+
+    exit_code = 1
+
+
 class StorageError(UserError):
     """The disk refused: full, read-only, or gone."""
 

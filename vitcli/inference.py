@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 import sys
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -20,12 +22,13 @@ from torch.nn import functional as F
 from vitcli import checkpoint, runtime
 from vitcli.data import Preprocessing, imagenet
 from vitcli.data.images import EXTENSIONS, BadImage, decode
-from vitcli.data.loader import eval_batches
-from vitcli.data.preprocess import normalise, prepare
+from vitcli.data.loader import Batch, eval_batches
+from vitcli.data.preprocess import normalise, pixels, prepare
 from vitcli.data.sources import Dataset
 from vitcli.errors import CheckpointError, DataError, NumericsError, UserError
 from vitcli.model.vit import ViT
 from vitcli.onnx_model import OnnxPredictor, Provider
+from vitcli.processes import Processes
 from vitcli.runtime import Runtime, RuntimeConfig
 
 
@@ -128,27 +131,36 @@ def score(
     workers: int | None = None,
     allow_bad: bool = False,
     on_batch: Callable[[int], None] | None = None,
+    processes: Processes | None = None,
 ) -> Scores:
-    """Score every image once; classes meet by name. The counts do not depend on `batch`.
+    """Score every image once; classes meet by name. The counts do not depend on `batch`, nor on how many `processes`
+    share the images.
 
     `on_batch` is told how many images are done. Raises DataError for a class that the model does not know, and for
     an unreadable image unless `allow_bad`; NumericsError where the model does not answer with numbers.
     """
     columns = torch.tensor(imagenet.match(dataset.classes, predictor.classes))
     seen = columns[torch.from_numpy(dataset.labels).unique()].unique()
+    processes = processes or Processes()
+    share, double = _share(len(dataset), processes)
     images = top1 = top5 = top1_seen = 0
     loss, waiting, bad = 0.0, 0.0, []
     begin = asked = time.monotonic()
-    loaded = eval_batches(predictor.preprocessing, dataset, batch=batch, workers=workers)
+    if takes_any_size(predictor):
+        loaded = _one_by_one(dataset, share)
+    else:
+        loaded = eval_batches(predictor.preprocessing, dataset, batch=batch, workers=workers, share=share)
     with closing(loaded) as batches:  # pyright: ignore[reportArgumentType] (a generator, which ends its processes)
         for part in batches:
             waiting += time.monotonic() - asked
             bad += part.get("bad", [])
             if bad and not allow_bad:
-                raise DataError(str(bad[0]), "mend or remove it, or leave such images out with --allow-bad")
+                break
             if len(part["labels"]):
                 labels = columns[part["labels"]]
-                logits = _finite(predictor, part["images"])
+                logits = predictor.logits(part["images"])
+                if double and images + len(bad) + len(labels) == len(share):
+                    logits, labels = logits[:-1], labels[:-1]
                 place = rank(logits, labels)
                 images += len(labels)
                 loss += F.cross_entropy(logits.double(), labels, reduction="sum").item()
@@ -158,6 +170,13 @@ def score(
             if on_batch:
                 on_batch(images + len(bad))
             asked = time.monotonic()
+    bad = [image for part in processes.all(bad) for image in part]
+    counts = zip(*processes.all((images, loss, top1, top5, top1_seen)), strict=True)
+    images, loss, top1, top5, top1_seen = map(sum, counts)
+    if bad and not allow_bad:
+        raise DataError(str(bad[0]), "mend or remove it, or leave such images out with --allow-bad")
+    if not math.isfinite(loss):
+        raise NumericsError(f"{predictor.origin} answers with NaN or infinity")
     if not images:
         raise DataError("no image to score", f"{len(bad)} could not be read" if bad else "")
     return Scores(
@@ -172,6 +191,32 @@ def score(
         seconds=time.monotonic() - begin,
         waiting=waiting,
     )
+
+
+def takes_any_size(predictor: Predictor) -> bool:
+    """Whether a predictor resizes images itself: an .onnx with its preprocessing in the graph."""
+    return isinstance(predictor, OnnxPredictor) and predictor.whole
+
+
+def _one_by_one(dataset: Dataset, share: Sequence[int]) -> Iterator[Batch]:
+    """Each image as it is, in a batch as of `eval_batches`."""
+    for index in share:
+        try:
+            image = pixels(dataset.image(index))
+        except BadImage as error:
+            yield {"labels": torch.empty(0, dtype=torch.int64), "bad": [error]}
+        else:
+            yield {"images": image[None], "labels": torch.from_numpy(dataset.labels[index : index + 1])}
+
+
+def _share(images: int, processes: Processes) -> tuple[list[int], bool]:
+    """The images that this process scores, and whether the last is one too many.
+
+    All processes score equally many, since those that hold parts of one model must call it together.
+    """
+    share = list(range(processes.rank, images, processes.count))
+    double = len(share) < -(-images // processes.count)
+    return ([*share, images - 1] if double else share), double
 
 
 def rank(logits: Tensor, labels: Tensor) -> Tensor:
@@ -246,7 +291,8 @@ def predict(predictor: Predictor, paths: Sequence[str], *, top: int = 5, batch: 
 
     def load(path: str) -> Tensor | BadImage:
         try:
-            return prepare(decode(path), predictor.preprocessing)
+            image = decode(path)
+            return pixels(image) if takes_any_size(predictor) else prepare(image, predictor.preprocessing)
         except BadImage as error:
             return error
 
@@ -256,7 +302,7 @@ def predict(predictor: Predictor, paths: Sequence[str], *, top: int = 5, batch: 
         for chunk, following in zip(chunks, [*chunks[1:], []], strict=True):
             loaded, ahead = list(ahead), pool.map(load, following)
             images = [image for image in loaded if isinstance(image, Tensor)]
-            guesses = iter(_guesses(predictor, torch.stack(images), top) if images else [])
+            guesses = iter(_guesses(predictor, images, top))
             for path, image in zip(chunk, loaded, strict=True):
                 if isinstance(image, BadImage):
                     yield Answer(path, error=image.reason)
@@ -264,8 +310,11 @@ def predict(predictor: Predictor, paths: Sequence[str], *, top: int = 5, batch: 
                     yield Answer(path, next(guesses))
 
 
-def _guesses(predictor: Predictor, images: Tensor, top: int) -> list[tuple[Guess, ...]]:
-    shares = _finite(predictor, images).double().softmax(dim=1)
+def _guesses(predictor: Predictor, images: list[Tensor], top: int) -> list[tuple[Guess, ...]]:
+    alike = [torch.stack(list(part)) for _, part in groupby(images, key=lambda image: image.shape)]
+    if not alike:
+        return []
+    shares = torch.cat([_finite(predictor, part) for part in alike]).double().softmax(dim=1)
     values, indices = shares.sort(dim=1, descending=True, stable=True)
     ids = predictor.classes
     return [

@@ -1,32 +1,50 @@
-"""Begin a run in a new folder, or continue one in its own."""
+"""Begin a run in a new folder, or continue one in its own; in one process or in several."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from vitcli import checkpoint, recipe_files
+from vitcli import checkpoint, processes, recipe_files
 from vitcli import recipe as recipes
 from vitcli import run as runs
 from vitcli.checkpoint import Trained
-from vitcli.console import err
+from vitcli.console import err, nowhere
 from vitcli.errors import CheckpointError
+from vitcli.processes import Processes
 from vitcli.recipe import Recipe
 from vitcli.report.progress import Progress
+from vitcli.run import Run
 from vitcli.train import Outcome, fit
 
 
 def begin(
     recipe: Recipe, name: str, folder: Path | None, ckpt: Path | None = None, trained: Trained | None = None
 ) -> Outcome:
-    """Train in a new run folder, from scratch or from `trained`, which `ckpt` holds; `name` is the recipe's."""
-    with runs.create(Path(name).stem, folder) as run:
+    """Train in a new run folder, from scratch or from `trained`, which `ckpt` holds; `name` is the recipe's.
+
+    Where torchrun starts its processes again after one was lost, the run that they had begun is continued.
+    """
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
+
+    def create() -> Run:
+        run = runs.create(Path(name).stem, folder)
         run.write("recipe.yaml", recipe_files.text(name))
         if ckpt:
             run.write("start.json", json.dumps({"ckpt": str(ckpt.resolve())}))
+        if launch:
+            run.write("launch.txt", launch)
         run.write("recipe.resolved.yaml", recipes.dump(recipe))
         err.print(f"run folder {run.path}", highlight=False)
-        return fit(recipe, run, Progress(err, run.path / "train.log"), trained)
+        return run
+
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        return resume(runs.launched(launch, folder, Path(name).stem))
+    with processes.start(recipe.runtime.timeout) as several, _shared(several, create) as run:
+        return fit(recipe, run, _progress(run), trained, several)
 
 
 def resume(folder: Path) -> Outcome:
@@ -37,7 +55,25 @@ def resume(folder: Path) -> Outcome:
             f"{folder} is not a run folder: it has no {resolved.name}", "--resume takes a folder under runs/"
         )
     recipe = recipes.load(resolved)
-    with runs.Run(folder) as run:
+    with processes.start(recipe.runtime.timeout) as several, _shared(several, lambda: Run(folder)) as run:
         fresh = start.exists() and not any(run.checkpoints.iterdir())
         trained = checkpoint.load(Path(json.loads(start.read_text())["ckpt"])) if fresh else None
-        return fit(recipe, run, Progress(err, run.path / "train.log"), trained)
+        return fit(recipe, run, _progress(run), trained, several)
+
+
+@contextmanager
+def _shared(several: Processes, make: Callable[[], Run]) -> Iterator[Run]:
+    """The run folder that the first process opens; the others follow it."""
+    own: list[Run] = []
+
+    def path() -> Path:
+        own.append(make())
+        return own[0].path
+
+    place = several.of_first(path)
+    with own[0] if own else Run.follow(place) as run:
+        yield run
+
+
+def _progress(run: Run) -> Progress:
+    return Progress(nowhere() if run.silent else err, Path(os.devnull) if run.silent else run.path / "train.log")

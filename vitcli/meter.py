@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vitcli.checkpoint import Position
+    from vitcli.processes import Processes
 
 IN_A_ROW = 3  # skipped updates that end a run
 
@@ -19,12 +20,13 @@ class Meter:
     """Means of the objective's scalars, speed and waiting since the last line of the log.
 
     Nothing here waits for the device but `read` and `settle`. The sums are kept in `position`, and so in a
-    checkpoint, with the number of updates that were skipped because their gradient was not finite.
+    checkpoint, with the number of updates that were skipped because their gradient was not finite. They are those of
+    all `processes`, which call `settle` together.
     """
 
-    def __init__(self, position: Position):
-        self._position = position
-        self._sums: dict[str, Any] = dict(position.sums)
+    def __init__(self, position: Position, processes: Processes):
+        self._position, self._processes = position, processes
+        self._sums: dict[str, Any] = dict(position.sums) if processes.first else {}
         self._step: dict[str, Any] = {}
         self._finite: list[tuple[int, Tensor]] = []
         self._restart()
@@ -70,7 +72,10 @@ class Meter:
                 )
         self._finite = []
         self._position.skipped += len(skipped)
-        self._position.sums = {name: float(value) for name, value in self._sums.items()}
+        own = {name: float(value) for name, value in self._sums.items()}
+        self._position.sums = {}
+        for sums in self._processes.all(own):
+            _add(self._position.sums, sums)
         return skipped
 
     def read(self) -> dict[str, float]:
@@ -78,7 +83,8 @@ class Meter:
         seconds, sums = time.monotonic() - self._begin, dict(self._position.sums)
         images = sums.pop("images", 0.0)
         means = {name: value / images for name, value in sums.items()} if images else {}
-        speed = {"images_per_second": round(self._seen / seconds, 1), "waiting": round(self._waited / seconds, 3)}
+        seen = self._seen * self._processes.count
+        speed = {"images_per_second": round(seen / seconds, 1), "waiting": round(self._waited / seconds, 3)}
         self._sums, self._position.sums = {}, {}
         self._restart()
         return means | speed

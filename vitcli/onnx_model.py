@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import stat
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import onnx
 import torch
@@ -15,40 +14,54 @@ from google.protobuf.message import DecodeError, Message
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from vitcli import onnx_providers
 from vitcli.data import Preprocessing
 from vitcli.data.preprocess import normalise
-from vitcli.errors import CheckpointError, UserError
+from vitcli.errors import CheckpointError
+from vitcli.onnx_session import Provider, Runner, Session
 
-Provider = Literal["auto", "cuda", "cpu"]
+Preprocess = Literal["none", "normalise", "full"]  # what of the preparing the graph does itself
 
 
 class OnnxPredictor:
     """A classifier from an .onnx that `vit export` wrote: class names and preprocessing come from the file.
 
-    `provider` cuda computes on the GPU or raises UserError; auto takes a GPU that is there. Raises CheckpointError
-    for a file that is damaged, foreign, or reaches outside its folder.
+    `whole` says that the graph itself resizes and crops: `logits` takes images as they were decoded. `provider` is
+    ONNX Runtime's, see Session; `runner` runs the graph in its stead. Raises CheckpointError for a file that is
+    damaged, foreign, or reaches outside its folder.
     """
 
-    def __init__(self, path: Path, provider: Provider = "auto"):
+    def __init__(self, path: Path, provider: Provider = "auto", runner: Runner | None = None):
         model = read(path)
-        self.classes, self.preprocessing = _metadata(model, path)
+        facts = _metadata(model, path)
+        self.classes, self.preprocessing = facts.classes, facts.preprocessing
+        self.whole, self._facts = facts.preprocess == "full", facts
         self.origin = f"{path}, ONNX opset {next(o.version for o in model.opset_import if not o.domain)}"
-        self._session = _session(path, provider)
+        self._runner = runner or Session(path, model, provider)
         self._check_shapes(path)
 
     def logits(self, images: Tensor) -> Tensor:
-        """uint8 images (b, 3, h, w) -> float32 logits (b, classes) on the CPU."""
-        pixels = normalise(images, self.preprocessing).numpy()
-        logits = torch.from_numpy(self._session.run(["logits"], {"pixel_values": pixels})[0])
+        """uint8 images (b, 3, h, w) -> float32 logits (b, classes) on the CPU; of a file that ends in a softmax, the
+        logs of the probabilities, which a softmax leaves as they are."""
+        answer = self._runner.run(images, self._given)
+        logits = answer.clamp(min=torch.finfo(answer.dtype).tiny).log() if self._facts.softmax else answer
         return logits.mean(1) if logits.ndim == 3 else logits
 
+    def _given(self, images: Tensor) -> Tensor:
+        """The graph's input."""
+        return normalise(images, self.preprocessing) if self._facts.preprocess == "none" else images.permute(0, 2, 3, 1)
+
     def _check_shapes(self, path: Path) -> None:
-        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        expected = {"pixel_values": [3, *self.preprocessing.res], "logits": [len(self.classes)]}
-        found = {end.name: end.shape[1:] for end in inputs} | {end.name: end.shape[-1:] for end in outputs}
-        if found != expected or isinstance(inputs[0].shape[0], int):
-            ends = ", ".join(f"{end.name} {end.shape}" for end in [*inputs, *outputs])
+        inputs, outputs = self._runner.inputs, self._runner.outputs
+        given, shape = {
+            "none": ("pixel_values", [3, *self.preprocessing.res]),
+            "normalise": ("images", [*self.preprocessing.res, 3]),
+            "full": ("images", ["height", "width", 3]),
+        }[self._facts.preprocess]
+        expected = {given: shape, "probabilities" if self._facts.softmax else "logits": [len(self.classes)]}
+        found = {name: shape[1:] for name, shape in inputs.items()}
+        found |= {name: shape[-1:] for name, shape in outputs.items()}
+        if found != expected or isinstance(inputs[given][0], int):
+            ends = ", ".join(f"{name} {shape}" for name, shape in (inputs | outputs).items())
             raise CheckpointError(f"{path} does not fit its own metadata: it has {ends}", f"expected {expected}")
 
 
@@ -101,7 +114,16 @@ def _fits(offset: str, length: str, size: int) -> bool:
     return offset.isdecimal() and length.isdecimal() and int(offset) + int(length) <= size
 
 
-def _metadata(model: onnx.ModelProto, path: Path) -> tuple[tuple[str, ...], Preprocessing]:
+class _Facts(NamedTuple):
+    """What the metadata says. Files from before there was a choice do not say `preprocess`."""
+
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    preprocess: Preprocess
+    softmax: bool
+
+
+def _metadata(model: onnx.ModelProto, path: Path) -> _Facts:
     entries = {entry.key: entry.value for entry in model.metadata_props}
     if missing := [key for key in ("classes", "preprocessing") if key not in entries]:
         raise CheckpointError(
@@ -109,32 +131,11 @@ def _metadata(model: onnx.ModelProto, path: Path) -> tuple[tuple[str, ...], Prep
             "use a file that vit export wrote; an .onnx of another program does not say how to prepare an image",
         )
     try:
-        classes = TypeAdapter(list[str]).validate_json(entries["classes"], strict=True)
-        return tuple(classes), Preprocessing.parse(json.loads(entries["preprocessing"]))
+        return _Facts(
+            tuple(TypeAdapter(list[str]).validate_json(entries["classes"], strict=True)),
+            Preprocessing.parse(json.loads(entries["preprocessing"])),
+            TypeAdapter(Preprocess).validate_python(entries.get("preprocess", "none")),
+            TypeAdapter(bool).validate_json(entries.get("softmax", "false"), strict=True),
+        )
     except (ValidationError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has unusable metadata: {str(error).splitlines()[0]}") from None
-
-
-def _session(path: Path, provider: Provider) -> Any:
-    onnxruntime = onnx_providers.runtime()
-    cuda = "CUDAExecutionProvider"
-    wanted = provider == "cuda" or (provider == "auto" and torch.cuda.is_available())
-    if provider == "cuda" and not torch.cuda.is_available():
-        raise UserError("--provider cuda: no CUDA device is visible", "see vit doctor, or take --provider cpu")
-    if provider == "cuda" and cuda not in onnxruntime.get_available_providers():
-        raise UserError("--provider cuda: this onnxruntime has no CUDA", "pip install onnxruntime-gpu")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = torch.get_num_threads()
-    # TF32 is ONNX Runtime's default and would answer otherwise than the checkpoint.
-    providers: list[Any] = [(cuda, {"use_tf32": "0"})] if wanted else []
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, [*providers, "CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's errors share no other class
-        raise CheckpointError(f"{path}: ONNX Runtime cannot run it: {str(error).splitlines()[0][:300]}") from None
-    if wanted and session.get_providers()[0] != cuda:
-        reason, remedy = onnx_providers.why_not(cuda) or ("it loads for another model, but not for this one", "")
-        if provider == "cuda":
-            raise UserError(f"--provider cuda: {reason}", remedy)
-        warnings.warn(f"ONNX Runtime computes on the CPU: {reason}. {remedy}", stacklevel=3)
-    return session

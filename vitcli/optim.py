@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from vitcli.processes import spread
 from vitcli.schema import Schema, wrong
 
 if TYPE_CHECKING:
@@ -163,8 +164,7 @@ def load_state(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dic
     for full_name, tensor in tensors.items():
         name, key = full_name.rsplit("/", 1)
         parameter = parameters[name]
-        device = parameter.device
-        optimizer.state[parameter][key] = tensor.to(device)
+        optimizer.state[parameter][key] = spread(tensor, like=parameter)
 
 
 class Average:

@@ -70,14 +70,18 @@ def _data(recipe: Recipe) -> tuple[int, int]:
 
 
 def _cost(recipe: Recipe, classes: int) -> tuple[int, int]:
-    """Parameters, and floating-point operations of one image forward, of a model without memory."""
+    """Parameters, and floating-point operations of one image forward, of a model without memory.
+
+    All tokens are counted through all blocks, as published numbers are; the forward pass itself may need fewer.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
         model = recipe.model.build(classes, recipe.data.res).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.empty(1, 3, *recipe.data.res))
+            tokens = model.encode(model.embed(torch.empty(1, 3, *recipe.data.res)))
+            model.head(model.pre_logits(model.pool(tokens)))
     return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops()
 
 

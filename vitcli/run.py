@@ -12,7 +12,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from vitcli import storage
 from vitcli.errors import CheckpointError, LockedError, StorageError
@@ -25,7 +25,8 @@ class Run:
 
     def __init__(self, path: Path):
         self.path = path
-        self._lock = (path / "run.lock").open("a+")
+        self.silent = False
+        self._lock: TextIO | None = (path / "run.lock").open("a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -42,11 +43,19 @@ class Run:
         storage.sweep(path)
         storage.sweep(self.checkpoints)
 
+    @classmethod
+    def follow(cls, path: Path) -> Run:
+        """A run folder that another process owns, for one that trains with it: it reads, and writes nothing."""
+        run = cls.__new__(cls)
+        run.path, run.silent, run._lock = path, True, None
+        return run
+
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        if self._lock:
+            self._lock.close()
 
     @property
     def checkpoints(self) -> Path:
@@ -60,6 +69,8 @@ class Run:
 
     def write(self, name: str, text: str) -> None:
         """Write a small file of the run folder, whole or not at all."""
+        if self.silent:
+            return
         storage.write_file(self.path / name, text.encode())
 
     def environment(self) -> dict[str, Any]:
@@ -69,6 +80,8 @@ class Run:
 
     def log(self, **values: Any) -> None:
         """Append a line to metrics.jsonl."""
+        if self.silent:
+            return
         try:
             with self.metrics_file.open("a") as file:
                 file.write(json.dumps(values) + "\n")
@@ -81,7 +94,7 @@ class Run:
 
     def rewind_log(self, size: int) -> None:
         """Forget the lines after `size` bytes: the steps that a resumed run takes again."""
-        if self.metrics_file.exists():
+        if self.metrics_file.exists() and not self.silent:
             os.truncate(self.metrics_file, min(size, self.log_size()))
 
 
@@ -96,6 +109,17 @@ def create(name: str, path: Path | None = None) -> Run:
             raise StorageError(f"cannot make the run folder {folder}: {error.strerror}") from error
         return Run(folder)
     raise CheckpointError(f"{path} exists already", f"continue it with --resume {path}, or choose another --run")
+
+
+def launched(launch: str, path: Path | None, name: str) -> Path:
+    """The folder of the run that this launch of torchrun began."""
+    for folder in [path] if path else _names(name):
+        if not folder.is_dir():
+            break
+        mark = folder / "launch.txt"
+        if mark.is_file() and mark.read_text() == launch:
+            return folder
+    raise CheckpointError("torchrun started again, but the run that it began is not there", "start a new run")
 
 
 def _names(name: str) -> Iterator[Path]:

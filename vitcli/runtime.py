@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from vitcli.errors import MemoryExhaustedError, RecipeError
-from vitcli.schema import Schema
+from vitcli.processes import Processes
+from vitcli.schema import Schema, wrong
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,17 @@ class RuntimeConfig(Schema):
     compile: bool | None = Field(None, description="torch.compile the blocks; null: on cuda")
     micro_batch: PositiveInt | None = Field(None, description="images in memory at a time; null: the whole batch")
     threads: PositiveInt | None = Field(None, description="CPU threads; null: the physical cores")
+    shard: Literal["ddp", "fsdp"] = Field("ddp", description="several processes: each with the model, or with a part")
+    exact: PositiveInt | None = Field(
+        None, description="compute each batch in so many parts, to the same bits in any number of processes; or null"
+    )
+    timeout: float = Field(600.0, gt=0, description="seconds after which a process that does not answer ends the run")
+
+    @model_validator(mode="after")
+    def _check(self) -> RuntimeConfig:
+        if self.exact and (self.micro_batch or self.shard == "fsdp"):
+            raise wrong("exact", "goes without micro_batch and shard: fsdp")
+        return self
 
 
 @dataclass(frozen=True)
@@ -116,16 +128,21 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         return fused_attention(q, k, v, dropout)
 
 
-def start(config: RuntimeConfig, earlier: dict[str, Any] | None = None) -> Runtime:
+def start(config: RuntimeConfig, earlier: dict[str, Any] | None = None, processes: Processes | None = None) -> Runtime:
     """Make every choice that the recipe left open; those of a run that is resumed are taken from `earlier`.
+
+    Several processes of one machine share its cores, and take a GPU each.
 
     Raises RecipeError if the asked device is not there.
     """
     import torch
 
-    threads = config.threads or _physical_cores()
+    processes = processes or Processes()
+    threads = config.threads or max(1, _physical_cores() // processes.neighbours)
     torch.set_num_threads(threads)
     device = _device(config.device)
+    if device.type == "cuda" and processes.count > 1:
+        device = torch.device("cuda", processes.local)
     chosen = {
         "precision": config.precision if config.precision != "auto" else _precision(device),
         "attention": config.attention,

@@ -87,7 +87,17 @@ def write_file(path: Path, content: bytes) -> None:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
 
 
+def publish(folder: Path) -> None:
+    """Give the files below a folder the mode of any new file: safetensors makes its own readable by one user only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
+
+
 def _seal(folder: Path) -> None:
+    publish(folder)
     files = sorted(folder.iterdir())
     for file in files:
         _sync(file)

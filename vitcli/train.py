@@ -14,11 +14,13 @@ from vitcli import checkpoint, optim, rng
 from vitcli import runtime as runtimes
 from vitcli.checkpoint import Position, Trained
 from vitcli.data.loader import epoch_steps, fingerprint, train_batches
-from vitcli.data.mix import mix, one_hot
+from vitcli.data.mix import mix_share, one_hot, places
 from vitcli.data.preprocess import normalise
+from vitcli.engine import Engine, exact_size
 from vitcli.errors import CheckpointError, DataError
 from vitcli.inference import TorchPredictor, score
 from vitcli.meter import Meter
+from vitcli.processes import Processes, plain, whole
 from vitcli.report.plots import draw_results
 from vitcli.report.progress import Progress
 from vitcli.rng import Stream
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended. `bad_images` were unreadable and replaced; `skipped` updates had no finite gradient; `signal`
-    stopped it early, or is None.
+    stopped it early, or is None. Of several processes only the `first` tells it to a person.
     """
 
     run: Path
@@ -46,14 +48,22 @@ class Outcome:
     skipped: int
     seconds: float
     signal: int | None
+    first: bool
 
 
-def fit(recipe: Recipe, run: Run, progress: Progress, trained: Trained | None = None) -> Outcome:
+def fit(
+    recipe: Recipe,
+    run: Run,
+    progress: Progress,
+    trained: Trained | None = None,
+    processes: Processes = Processes(),  # noqa: B008 (frozen)
+) -> Outcome:
     """Train to the end of the recipe, from where the run folder stands.
 
     A run folder with a checkpoint is continued to the same bits; an empty one starts from `trained` or from the
-    original's initial weights. SIGINT and SIGTERM end it after the update under way, with a checkpoint.
-    Raises DataError, CheckpointError, NumericsError, StorageError.
+    original's initial weights. SIGINT and SIGTERM end it after the update under way, with a checkpoint. Several
+    `processes` call this together and share each batch; the first alone writes.
+    Raises DataError, CheckpointError, NumericsError, ProcessError, StorageError.
     """
     begin = time.monotonic()
     found, passed = checkpoint.newest(run.checkpoints)
@@ -62,7 +72,8 @@ def fit(recipe: Recipe, run: Run, progress: Progress, trained: Trained | None = 
     for reason in passed:
         progress.note(f"warning: {reason}; going on from {found}")
     earlier = run.environment()
-    runtime = runtimes.start(recipe.runtime, earlier)
+    runtime = runtimes.start(recipe.runtime, earlier, processes)
+    share = processes.share(recipe.batch)
 
     train_set, val_set = recipe.data.source.open("train"), recipe.data.source.open("val")
     classes = train_set.classes
@@ -86,6 +97,7 @@ def fit(recipe: Recipe, run: Run, progress: Progress, trained: Trained | None = 
     else:
         model = recipe.model.build(len(classes), recipe.data.res)
     module = runtime.prepare(recipe.objective.build(model))
+    engine = Engine(module, processes, recipe.runtime.shard, recipe.runtime.exact, runtime.device)
     optimizer = optim.build(recipe.optim, module)
     average = optim.Average(module, recipe.optim.ema) if recipe.optim.ema else None
     position = checkpoint.resume(found, module, optimizer, average) if found else Position()
@@ -99,10 +111,17 @@ def fit(recipe: Recipe, run: Run, progress: Progress, trained: Trained | None = 
     def evaluate() -> None:
         """Score the weights (the average, if there is one) and keep them if they are the best."""
         with _averaged(average):
-            scores = score(predictor, val_set, batch=recipe.batch, workers=recipe.data.workers, on_batch=stop.check)
+            scores = score(
+                predictor,
+                val_set,
+                batch=len(share),
+                workers=recipe.data.workers,
+                on_batch=stop.check if processes.count == 1 else None,
+                processes=processes,
+            )
             if position.best_score is None or scores.top1 > position.best_score:
                 position.best_score, position.best_step = scores.top1, position.step
-                checkpoint.save_model(run.path / "best", module.model, recipe, classes, position.step)
+                save_model("best")
         position.scored_step = position.step
         run.log(step=position.step, val_loss=scores.loss, val_top1=scores.top1, val_top5=scores.top5)
         progress.scored(position.step, scores.loss, scores.top1, best=position.best_step == position.step)
@@ -116,22 +135,41 @@ def fit(recipe: Recipe, run: Run, progress: Progress, trained: Trained | None = 
     def save() -> None:
         settle()
         position.log_bytes = run.log_size()
-        checkpoint.save_training(run.checkpoints, position, module, optimizer, average, recipe, classes)
-        checkpoint.prune(run.checkpoints, recipe.keep_last, recipe.keep_every)
+        state = checkpoint.training_state(module, optimizer, average)
+        if processes.first:
+            checkpoint.save_training(run.checkpoints, position, state, recipe, classes)
+            checkpoint.prune(run.checkpoints, recipe.keep_last, recipe.keep_every)
 
-    meter = Meter(position)
+    def save_model(name: str) -> None:
+        state = whole(module.model.state_dict())
+        if processes.first:
+            checkpoint.save_model(run.path / name, state, recipe, classes, position.step)
+
+    meter = Meter(position, processes)
     saved = position.step if found else -1
     batches = train_batches(
-        recipe.data, train_set, batch=recipe.batch, seed=recipe.seed, start=position.step, steps=steps
+        recipe.data,
+        train_set,
+        batch=recipe.batch,
+        seed=recipe.seed,
+        start=position.step,
+        steps=steps,
+        places=places(share, recipe.batch, recipe.data.augment),
+        neighbours=processes.neighbours,
     )
-    at_a_time = recipe.runtime.micro_batch or recipe.batch
+    at_a_time = min(recipe.runtime.micro_batch or recipe.batch, len(share))
+    if recipe.runtime.exact:
+        at_a_time = exact_size(recipe.runtime.exact, recipe.batch, processes)
+    first_part = processes.rank * -(-len(share) // at_a_time)
     with (
         Stop() as stop,
         runtimes.memory_errors(at_a_time),
+        processes.errors(lambda: f"after step {position.step}"),
         progress.training(position.step, steps, recipe.batch),
     ):
         module.train()
         while True:
+            stop.signal = processes.largest(stop.signal or 0) or None
             if _due(position.step, eval_every, steps) and position.scored_step < position.step:
                 with suppress(Stopped):  # the checkpoint then says that this score is still owed
                     evaluate()
@@ -150,13 +188,15 @@ def fit(recipe: Recipe, run: Run, progress: Progress, trained: Trained | None = 
             batch = runtime.put(batch)
             images = normalise(batch["images"], recipe.data)
             targets = one_hot(batch["labels"], len(classes))
-            images, targets = mix(images, targets, recipe.data.augment, rng.generator(recipe.seed, Stream.MIX, step))
+            chance = rng.generator(recipe.seed, Stream.MIX, step)
+            images, targets = mix_share(images, targets, len(share), recipe.data.augment, chance)
 
-            for index, (part, share) in enumerate(_micro_batches(images, targets, at_a_time)):
-                runtimes.seed(rng.torch_seed(recipe.seed, Stream.MODEL, step, index))
-                with runtime.autocast():
-                    losses = module(part)
-                (losses["loss"] * share).backward()
+            for index, part in enumerate(parts := _micro_batches(images, targets, at_a_time)):
+                runtimes.seed(rng.torch_seed(recipe.seed, Stream.MODEL, step, first_part + index))
+                with engine.part(last=index == len(parts) - 1):
+                    with runtime.autocast():
+                        losses = engine.forward(part)
+                    (losses["loss"] * len(part["images"]) / len(share)).backward()
                 meter.add(losses, len(part["images"]))
 
             norm = optim.clip(module, recipe.optim.clip)
@@ -165,7 +205,7 @@ def fit(recipe: Recipe, run: Run, progress: Progress, trained: Trained | None = 
             optim.update(optimizer, lr, finite)
             if average:
                 average.update(step, finite)
-            meter.end_step(step, norm, finite)
+            meter.end_step(step, plain(norm), plain(finite))
             position.step = step + 1
 
             progress.step(position.step)
@@ -173,12 +213,14 @@ def fit(recipe: Recipe, run: Run, progress: Progress, trained: Trained | None = 
                 settle()
                 values = meter.read()
                 run.log(step=position.step, epoch=round(position.step / per_epoch, 4), lr=lr, **values)
-                progress.log(position.step, lr=lr, **values)
+                if "loss" in values:
+                    progress.log(position.step, lr=lr, **values)
 
     if not stop.signal:
         with _averaged(average):
-            checkpoint.save_model(run.path / "last", module.model, recipe, classes, position.step)
-    draw_results(run.metrics_file, run.path / "results.png", title=run.path.name)
+            save_model("last")
+    if processes.first:
+        draw_results(run.metrics_file, run.path / "results.png", title=run.path.name)
     return Outcome(
         run=run.path,
         step=position.step,
@@ -189,6 +231,7 @@ def fit(recipe: Recipe, run: Run, progress: Progress, trained: Trained | None = 
         skipped=position.skipped,
         seconds=time.monotonic() - begin,
         signal=stop.signal,
+        first=processes.first,
     )
 
 
@@ -196,12 +239,10 @@ def _due(step: int, every: int, steps: int) -> bool:
     return step > 0 and (step % every == 0 or step == steps)
 
 
-def _micro_batches(images: Tensor, targets: Tensor, size: int) -> Iterator[tuple[dict[str, Tensor], float]]:
-    """Parts of a batch that fit into memory, each with its share; their gradients add up to the whole batch's."""
-    count = len(images)
-    for first in range(0, count, size):
-        part = slice(first, first + size)
-        yield {"images": images[part], "targets": targets[part]}, len(images[part]) / count
+def _micro_batches(images: Tensor, targets: Tensor, size: int) -> list[dict[str, Tensor]]:
+    """Parts of a batch that fit into memory."""
+    pairs = zip(images.split(size), targets.split(size), strict=True)
+    return [{"images": images, "targets": targets} for images, targets in pairs]
 
 
 @contextmanager

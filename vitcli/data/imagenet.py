@@ -21,6 +21,20 @@ def name(wnid: str) -> str:
     return _LABELS.get(wnid, wnid)
 
 
+def in_words(classes: Sequence[str]) -> tuple[str, ...]:
+    """ImageNet's 1,000 ids in words; any other classes as they are."""
+    return tuple(map(name, classes)) if tuple(classes) == WNIDS else tuple(classes)
+
+
+def as_ids(classes: Sequence[str]) -> tuple[str, ...]:
+    """ImageNet's 1,000 classes in words, told by the first synonyms, as ids; any other classes as they are."""
+    return WNIDS if _first_words(classes) == _first_words(map(name, WNIDS)) else tuple(classes)
+
+
+def _first_words(labels: Iterable[str]) -> list[str]:
+    return [label.partition(",")[0].casefold() for label in labels]
+
+
 def match(dataset_classes: Sequence[str], model_classes: Sequence[str]) -> list[int]:
     """For each class of a data set its index in the model's classes.
 

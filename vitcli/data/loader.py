@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -30,7 +30,7 @@ from vitcli.rng import Stream
 
 CHUNK = 256  # images that a process loads at a time: a larger batch comes in parts
 TRIES = 100  # how often a replacement for one broken image is sought
-FEW, SMALL = 1000, 64  # fewer images, or images in memory of at most this side, are loaded by this process
+FEW, SMALL = 1000, 64  # fewer images, or small ones in memory without RandAugment, are loaded by this process
 MOST_WORKERS = 16  # beyond, handing over costs more than another process brings
 
 Batch = dict[str, Any]
@@ -53,42 +53,68 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 def train_batches(
-    data: DataConfig, dataset: Dataset, *, batch: int, seed: int, start: int, steps: int
+    data: DataConfig,
+    dataset: Dataset,
+    *,
+    batch: int,
+    seed: int,
+    start: int,
+    steps: int,
+    places: Sequence[int] | None = None,
+    neighbours: int = 1,
 ) -> Iterator[Batch]:
     """The batches of the updates `start` to `steps`: "images" uint8 (b, 3, h, w), augmented, and "labels" int64 (b,).
 
-    A batch in which broken images were replaced has "bad" too, a list of BadImage. Raises BadImage where none may be
-    replaced, and DataError beyond the share that may, if `batch` is too large, or if a loader process is killed.
+    `places` are those of the batch to load, in their order, where other processes load the rest; `neighbours` of
+    them share this machine. A batch in which broken images were replaced has "bad" too, a list of BadImage. Raises
+    BadImage where none may be replaced, and DataError beyond the share that may, if `batch` is too large, or if a
+    loader process is killed.
     """
     epoch_steps(dataset, batch)
-    workers = _workers(data.workers, dataset, data.res, batch * (steps - start))
+    places = range(batch) if places is None else places
+    easy = _is_easy(dataset, data.res) and not data.augment.randaugment
+    workers = _workers(data.workers, easy, len(places) * (steps - start), neighbours)
     if workers:
         start_server()  # it imports torch while the caller builds a model
-    return _train_batches(data, dataset, batch, seed, range(start, steps), workers)
+    order = _order(len(dataset), batch, seed, range(start, steps), places)
+    return _train_batches(data, dataset, seed, order, steps - start, len(places), workers)
 
 
 def eval_batches(
-    preprocessing: Preprocessing, dataset: Dataset, *, batch: int, workers: int | None = None
+    preprocessing: Preprocessing,
+    dataset: Dataset,
+    *,
+    batch: int,
+    workers: int | None = None,
+    share: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Every image once, in order: "images" uint8 (b, 3, h, w) and "labels" int64 (b,); the last batch may be smaller.
+    """Every image once, or those of `share`, in order: "images" uint8 (b, 3, h, w) and "labels" int64 (b,).
 
-    Broken images are left out, never replaced: a batch that lacks some has "bad" too, a list of BadImage.
+    The last batch may be smaller. Broken images are left out, never replaced: a batch that lacks some has "bad" too,
+    a list of BadImage.
     """
     sample = partial(_eval_sample, preprocessing, dataset)
-    positions = (list(range(len(dataset))[i : i + batch]) for i in range(0, len(dataset), batch))
-    workers = _workers(workers, dataset, preprocessing.res, len(dataset))
+    share = range(len(dataset)) if share is None else share
+    positions = (list(share[i : i + batch]) for i in range(0, len(share), batch))
+    workers = _workers(workers, _is_easy(dataset, preprocessing.res), len(share))
     with closing(load(sample, preprocessing.res, positions, workers)) as parts:
         for part in parts:
             yield _join([part])
 
 
 def _train_batches(
-    data: DataConfig, dataset: Dataset, batch: int, seed: int, steps: range, workers: int
+    data: DataConfig,
+    dataset: Dataset,
+    seed: int,
+    order: Iterator[list[tuple[int, int]]],
+    steps: int,
+    batch: int,
+    workers: int,
 ) -> Iterator[Batch]:
     sample = partial(_training_sample, data, dataset, seed)
     broken: dict[int, BadImage] = {}
-    with closing(load(sample, data.res, _order(len(dataset), batch, seed, steps), workers)) as loaded:
-        for _ in steps:
+    with closing(load(sample, data.res, order, workers)) as loaded:
+        for _ in range(steps):
             parts = [next(loaded) for _ in range(0, batch, CHUNK)]
             broken |= {index: BadImage(path, reason) for part in parts for index, path, reason in part["bad"]}
             complete = sum(len(part["labels"]) for part in parts) == batch
@@ -108,15 +134,16 @@ def _too_many(broken: list[BadImage], share: float, images: int) -> DataError:
     )
 
 
-def _order(images: int, batch: int, seed: int, steps: range) -> Iterator[list[tuple[int, int]]]:
+def _order(images: int, batch: int, seed: int, steps: range, places: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
     """(epoch, index) of the images of each part of each batch. An epoch is a permutation without its partial batch."""
     epoch, order = -1, np.empty(0, dtype=np.int64)
     for step in steps:
         now, place = divmod(step, images // batch)
         if now != epoch:
             epoch, order = now, rng.generator(seed, Stream.SHUFFLE, now).permutation(images)
-        chosen = [(epoch, index) for index in order[place * batch : (place + 1) * batch].tolist()]
-        yield from (chosen[i : i + CHUNK] for i in range(0, batch, CHUNK))
+        whole = order[place * batch : (place + 1) * batch]
+        chosen = [(epoch, int(whole[place])) for place in places]
+        yield from (chosen[i : i + CHUNK] for i in range(0, len(chosen), CHUNK))
 
 
 def _training_sample(data: DataConfig, dataset: Dataset, seed: int, position: tuple[int, int]) -> Sample:
@@ -154,11 +181,15 @@ def _cat(tensors: list[Tensor]) -> Tensor:
     return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
 
-def _workers(wanted: int | None, dataset: Dataset, res: tuple[int, int], images: int) -> int:
-    """Loader processes: as wanted; else none where they do not pay, and otherwise all cores but one."""
+def _is_easy(dataset: Dataset, res: tuple[int, int]) -> bool:
+    return dataset.in_memory and max(res) <= SMALL
+
+
+def _workers(wanted: int | None, easy: bool, images: int, neighbours: int = 1) -> int:
+    """Loader processes: as wanted; else none where they do not pay, and otherwise this process's cores but one."""
     if wanted is not None:
         return wanted
-    if images < FEW or (dataset.in_memory and max(res) <= SMALL):
+    if images < FEW or easy:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores - 1, MOST_WORKERS)
+    return min(max(0, cores // neighbours - 1), MOST_WORKERS)

@@ -14,6 +14,21 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
     return F.one_hot(labels, classes).float()
 
 
+def places(share: range, batch: int, config: Augment) -> list[int]:
+    """The places of a batch that a process with this share of it loads: where images are mixed, one before it too."""
+    whole = len(share) == batch
+    before = [(share[0] - 1) % batch] if (config.mixup or config.cutmix) and not whole else []
+    return [*before, *share]
+
+
+def mix_share(
+    images: Tensor, targets: Tensor, size: int, config: Augment, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """`mix` of the last `size` images of a share, which come after the predecessor of the first where one is needed."""
+    images, targets = mix(images, targets, config, rng)
+    return images[-size:], targets[-size:]
+
+
 def mix(images: Tensor, targets: Tensor, config: Augment, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Images (b, 3, h, w) and targets (b, classes), each mixed with its predecessor in the batch.
 

@@ -1,34 +1,55 @@
 """ONNX: one file that other programs run, with class names and preprocessing inside.
 
-Input `pixel_values` (batch, 3, h, w) is normalised as the metadata's `preprocessing` says; output is `logits`
-(batch, classes). The batch is free, all else is fixed.
+Input `pixel_values` (batch, 3, h, w), float32, is normalised as the metadata's `preprocessing` says; output is `logits`
+(batch, classes), float32. The batch is free, all else is fixed. With `--preprocess` the input is `images`
+(batch, height, width, 3), uint8; with `--softmax` the output is `probabilities`.
+
+Metadata: vitcli opset model classes preprocessing precision preprocess, and where they apply softmax ("true"),
+max_batch, recipe, source_sha256. ONNX has no place for the bound of a free dimension, so `max_batch` is there for who
+plans memory or builds an engine.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import time
-import warnings
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from vitcli import __version__
 from vitcli.errors import CheckpointError, DataError, RecipeError
-from vitcli.exporters import Report, check, place_for, sample
+from vitcli.exporters import (
+    HeldOut,
+    Parity,
+    Precision,
+    Report,
+    alike,
+    batches,
+    check,
+    compare,
+    enough,
+    place_for,
+    rate,
+    sample,
+)
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
+    from onnxscript import ir
     from PIL.Image import Image
+    from torch import Tensor
 
     from vitcli.checkpoint import Trained
+    from vitcli.inference import Predictor
 
 OUTPUT = "model.onnx"
 OPSETS = range(18, 26)  # torch 2.15 writes invalid files at 17 and 26, and says nothing
 ONE_FILE = 1.8e9  # bytes of weights; protobuf ends at 2 GB
+LEAST = -80.0  # logs of probabilities below this count as equal; float32 ends at -87
+Preprocess = Literal["none", "normalise", "full"]
 
 
 def export(
@@ -39,50 +60,135 @@ def export(
     opset: int = 20,
     source: Path | None = None,
     recipe: str | None = None,
+    precision: Precision = "fp32",
+    calibration: Sequence[Image] | None = None,
+    labels: Sequence[int] | None = None,
+    skip: Sequence[str] = (),
+    percentile: float = 99.999,
+    max_drop: float | None = None,
+    preprocess: Preprocess = "none",
+    softmax: bool = False,
+    max_batch: int | None = None,
+    on_stage: Callable[[str], None] | None = None,
 ) -> Report:
     """Write `out`, and above 1.8 GB of weights `out`.data beside it, and hold it against the checkpoint on `images`.
 
-    `source` is the file that the model was loaded from and `recipe` its recipe's name, both for the metadata.
-    Raises RecipeError for another opset, DataError if the file does not answer as the checkpoint, StorageError.
-    """
-    from vitcli.inference import torch_predictor
-    from vitcli.onnx_model import OnnxPredictor
+    `source` is the file that the model was loaded from and `recipe` its recipe's name, both for the metadata. int8
+    calibrates on every other image of `calibration`, as `skip` and `percentile` say, and is scored on the rest:
+    against `labels`, the classes of all of them, or else against fp32; `max_drop` is in points. `on_stage` is told
+    what begins: trace, optimise, quantise, check, parity.
 
-    if opset not in OPSETS:
-        raise RecipeError(f"--opset {opset} is not possible", f"choose from {OPSETS[0]} to {OPSETS[-1]}")
-    if not trained.classes:
-        raise CheckpointError(f"{trained.origin} names no classes", "train one: vit finetune --ckpt")
-    begin = time.monotonic()
+    Raises RecipeError for options that cannot be, CheckpointError for a model without classes, DataError if the file
+    does not answer as the checkpoint or loses more than `max_drop`, StorageError.
+    """
+    from vitcli.exporters import _graph
+    from vitcli.exporters._snippet import snippet
+    from vitcli.inference import torch_predictor
+
+    _refuse(trained, opset, precision, calibration, max_batch)
+    begin, stage = time.monotonic(), on_stage or (lambda name: None)
     reference = torch_predictor(trained, "cpu")
     prepared = sample(trained.preprocessing, images)
+    halves = _halves(trained, calibration) if calibration else None
+    metadata = _metadata(trained, opset, source, recipe) | {"precision": precision, "preprocess": "none"}
+    metadata |= {"softmax": "true"} if softmax else {}
+    metadata |= {"max_batch": str(max_batch)} if max_batch else {}
+
     with place_for(out) as file:
-        _trace(trained, file, opset)
-        nodes = _finish(file, opset, _metadata(trained, opset, source, recipe))
-        parity = check(reference, OnnxPredictor(file, "cpu"), prepared)
+        stage("trace")
+        graph = _trace(trained, opset, precision, softmax)
+        stage("optimise")
+        _graph.tidy(graph)
+        _graph.save(graph, file, beside=_graph.size(graph) > ONE_FILE)
+        if halves:
+            from vitcli.exporters import _int8
+
+            stage("quantise")
+            _int8.quantise(file, _normalised(trained, halves[0]), skip=skip, percentile=percentile)
+        stage("check")
+        model = _graph.finish(file, metadata)
+        _check_opset(model, opset)
+        stage("parity")
+        exported = _open(file)
+        parity = check(*_comparable(softmax, reference, exported), prepared, precision, max_batch=max_batch)
+        held_out = _score(reference, exported, halves[1], labels[1::2] if labels else None) if halves else None
+        _check_drop(held_out, max_drop)
+        if preprocess != "none":
+            model = _prepend(trained, file, model, preprocess, metadata)
+            both = _comparable(softmax, reference, _open(file))
+            if preprocess == "full":
+                bound = "full" if precision == "fp32" else precision
+                parity = _check_whole(trained, *both, images, bound, max_batch)
+            else:
+                parity = check(*both, prepared, precision, max_batch=max_batch)
         size = sum(part.stat().st_size for part in file.parent.iterdir())
-    details: dict[str, str | int] = {"opset": opset, "nodes": nodes}
-    return Report("onnx", str(out), round(size / 1e6, 1), details, parity, round(time.monotonic() - begin, 1))
+    details: dict[str, str | int] = {"opset": opset, "nodes": len(model.graph.node)}
+    return Report(
+        target="onnx",
+        file=str(out),
+        megabytes=round(size / 1e6, 1),
+        details=details | ({"max_batch": max_batch} if max_batch else {}),
+        parity=parity,
+        seconds=round(time.monotonic() - begin, 1),
+        precision=precision,
+        held_out=held_out,
+        snippet=snippet(str(out), trained.preprocessing, preprocess, tokens=trained.config.pool == "none"),
+    )
 
 
-def _trace(trained: Trained, file: Path, opset: int) -> None:
+def _refuse(
+    trained: Trained, opset: int, precision: Precision, calibration: Sequence[Image] | None, max_batch: int | None
+) -> None:
+    if opset not in OPSETS:
+        raise RecipeError(f"--opset {opset} is not possible", f"choose from {OPSETS[0]} to {OPSETS[-1]}")
+    if max_batch is not None and max_batch < 1:
+        raise RecipeError(f"--max-batch {max_batch} is not possible", "at least 1")
+    if (precision == "int8") != (calibration is not None):
+        raise RecipeError("--int8 and --calib go together", "vit export --onnx --int8 --calib FOLDER")
+    if calibration is not None and len(calibration) < 2:
+        raise DataError(
+            f"{len(calibration)} images are not enough to calibrate on: half of them are held out",
+            "give some hundreds, like those that the model will see",
+        )
+    if not trained.classes:
+        raise CheckpointError(f"{trained.origin} names no classes", "train one: vit finetune --ckpt")
+
+
+def _halves(trained: Trained, calibration: Sequence[Image]) -> tuple[Tensor, Tensor]:
+    """Prepared images to calibrate on, and those held out: every other one. Raises DataError for an unreadable one."""
     import torch
 
-    weights = sum(tensor.nbytes for tensor in trained.model.state_dict().values())
-    example = torch.zeros(2, 3, *trained.image_size)  # a batch of 1 would be taken for a constant by older torch
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # onnxscript before 0.7 prints its progress
-        warnings.simplefilter("ignore")  # torch's exporter warns of itself
-        torch.onnx.export(
-            trained.model,
-            (example,),
-            file,
-            input_names=["pixel_values"],
-            output_names=["logits"],
-            dynamic_shapes=({0: "batch"},),
-            opset_version=opset,
-            external_data=weights > ONE_FILE,
-            dynamo=True,
-            verbose=False,
-        )
+    from vitcli.data.preprocess import prepare
+
+    images = torch.stack([prepare(image, trained.preprocessing) for image in calibration])
+    return images[::2], images[1::2]
+
+
+def _normalised(trained: Trained, images: Tensor) -> list[np.ndarray]:
+    from vitcli.data.preprocess import normalise
+
+    return [normalise(part, trained.preprocessing).numpy() for part in images.split(8)]
+
+
+def _trace(trained: Trained, opset: int, precision: Precision, softmax: bool) -> ir.Model:
+    import torch
+
+    from vitcli.exporters import _graph
+    from vitcli.exporters._rebuild import rebuilt
+
+    dtype = torch.float16 if precision == "fp16" else torch.float32
+    return _graph.trace(rebuilt(trained, trained.image_size, dtype), opset, softmax)
+
+
+def _prepend(
+    trained: Trained, file: Path, model: onnx.ModelProto, mode: Literal["normalise", "full"], metadata: dict[str, str]
+) -> onnx.ModelProto:
+    import onnx
+
+    from vitcli.exporters import _graph, _image_graph
+
+    onnx.save(_image_graph.prepend(model, trained.preprocessing, mode), file)
+    return _graph.finish(file, metadata | {"preprocess": mode})
 
 
 def _metadata(trained: Trained, opset: int, source: Path | None, recipe: str | None) -> dict[str, str]:
@@ -101,26 +207,72 @@ def _metadata(trained: Trained, opset: int, source: Path | None, recipe: str | N
     return metadata
 
 
-def _finish(file: Path, opset: int, metadata: dict[str, str]) -> int:
-    """Replace torch's notes, which hold paths of this machine, by ours; check the file. Returns its nodes."""
-    import onnx
-
-    model = onnx.load(file, load_external_data=False)
-    _strip(model)
-    model.producer_name, model.producer_version = "vitcli", __version__
-    onnx.helper.set_model_props(model, metadata)
-    onnx.save(model, file)
-    onnx.checker.check_model(str(file), full_check=True)
+def _check_opset(model: onnx.ModelProto, opset: int) -> None:
     found = {entry.domain: entry.version for entry in model.opset_import}
     if found != {"": opset}:
         raise DataError(f"torch wrote opset {found}, not {opset}", "choose another --opset")
-    return len(model.graph.node)
 
 
-def _strip(model: onnx.ModelProto) -> None:
-    from vitcli.onnx_model import messages
+def _open(file: Path) -> Predictor:
+    from vitcli.onnx_model import OnnxPredictor
 
-    for part in messages(model):
-        for field in ("doc_string", "metadata_props"):
-            if field in part.DESCRIPTOR.fields_by_name:
-                part.ClearField(field)
+    return OnnxPredictor(file, "cpu")
+
+
+class LogProbabilities:
+    """A predictor whose answers are made comparable with those of a file that gives probabilities."""
+
+    def __init__(self, predictor: Predictor):
+        self.predictor, self.origin = predictor, predictor.origin
+        self.classes, self.preprocessing = predictor.classes, predictor.preprocessing
+
+    def logits(self, images: Tensor) -> Tensor:
+        return self.predictor.logits(images).log_softmax(1).clamp(min=LEAST)
+
+
+def _comparable(softmax: bool, reference: Predictor, exported: Predictor) -> tuple[Predictor, Predictor]:
+    return (LogProbabilities(reference), LogProbabilities(exported)) if softmax else (reference, exported)
+
+
+def _score(reference: Predictor, exported: Predictor, images: Tensor, labels: Sequence[int] | None) -> HeldOut:
+    """Top-1 of both on the held-out images, or how often the second agrees with the first."""
+    import torch
+
+    first, second = (
+        torch.cat([predictor.logits(part).argmax(1) for part in images.split(7)]) for predictor in (reference, exported)
+    )
+    truth = first if labels is None else torch.tensor(labels)
+    fp32, other = float((first == truth).double().mean()), float((second == truth).double().mean())
+    drop = round(100 * (fp32 - other), 4)
+    return HeldOut(len(images), "agreement" if labels is None else "labels", fp32, other, drop)
+
+
+def _check_drop(held_out: HeldOut | None, max_drop: float | None) -> None:
+    if held_out and max_drop is not None and held_out.drop > max_drop:
+        raise DataError(
+            f"int8 loses {held_out.drop:.2f} points of top-1 on {held_out.images} held-out images, "
+            f"more than --max-drop {max_drop:g}",
+            "nothing was written; leave layers in fp32 with --skip, or calibrate on more images",
+        )
+
+
+def _check_whole(
+    trained: Trained,
+    reference: Predictor,
+    exported: Predictor,
+    images: Sequence[Image] | None,
+    bound: str,
+    max_batch: int | None,
+) -> Parity:
+    """Hold a file that prepares images itself against our own preparing; the images of a batch are cut to one size."""
+    import torch
+
+    from vitcli.data.preprocess import pixels, prepare
+
+    expected, found, seconds = [], [], []
+    for batch in map(alike, batches(enough(images), max_batch)):
+        expected.append(reference.logits(torch.stack([prepare(image, trained.preprocessing) for image in batch])))
+        begin = time.perf_counter()
+        found.append(exported.logits(torch.stack([pixels(image) for image in batch])))
+        seconds.append((len(batch), time.perf_counter() - begin))
+    return compare(torch.cat(expected), torch.cat(found), bound, images_per_second=rate(seconds))

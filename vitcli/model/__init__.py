@@ -45,7 +45,9 @@ HYBRIDS = {
 class ResNetStem(Schema):
     """The ResNet-v2-like stem of the hybrids: a 7x7 root, then bottleneck stages (vit_jax/models_resnet.py)."""
 
-    layers: tuple[PositiveInt, ...] = Field((3, 4, 9), description="bottleneck blocks of each stage; [] is the root")
+    layers: tuple[PositiveInt, ...] = Field(
+        (3, 4, 9), max_length=8, description="bottleneck blocks of each stage; [] is the root"
+    )
     width: PositiveInt = Field(64, description="channels of the root; a multiple of 32")
 
 
@@ -54,7 +56,7 @@ class ViTConfig(Schema):
 
     variant: str | None = Field(None, description="a named size: Ti S M B L H g G with a patch (B/16), or R50+B/16")
     width: PositiveInt = Field(description="channels of a token")
-    depth: int = Field(ge=0, description="encoder blocks; 0 leaves out the whole encoder (transformer=None)")
+    depth: int = Field(ge=0, le=1000, description="encoder blocks; 0 leaves out the whole encoder (transformer=None)")
     mlp_dim: PositiveInt = Field(description="hidden channels of a block's MLP")
     heads: PositiveInt = Field(description="attention heads")
     patch: PositiveInt = Field(description="side of a patch, in pixels of the image or of the stem's feature map")
@@ -149,11 +151,13 @@ class ViTConfig(Schema):
     def build(self, classes: int, image_size: tuple[int, int]) -> ViT:
         """A new model for images (height, width), with the original's initial weights.
 
-        `classes` 0 leaves the head out. The weights come from torch's global generator.
+        `classes` 0 leaves the head out. The weights come from torch's global generator; on the meta device there are
+        none, and none are drawn.
         """
-        from vitcli.model.vit import ViT
+        from vitcli.model.vit import ViT, drawing
 
-        return ViT(self, classes, image_size)
+        with drawing():
+            return ViT(self, classes, image_size)
 
 
 def _decode(variant: str) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def resize(table: Float[Tensor, "n d"], old: Grid, new: Grid, mode: str) -> Floa
 def resize_state(
     state: dict[str, Tensor], config: ViTConfig, old: tuple[int, int], new: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """A ViT's state for images (height, width) `new` from its state for `old`; the class token's row stays."""
+    """A ViT's state for images (height, width) `new` from its state for `old`; the rows of class tokens stay."""
     if "pos_embed" not in state:
         return state
     table = state["pos_embed"][0]

@@ -22,6 +22,17 @@ class PatchEmbed(nn.Module):
         return self.proj(self.backbone(images)).flatten(2).transpose(1, 2)
 
 
+def resize_patches(kernel: Float[Tensor, "d c p p"], patch: int) -> Float[Tensor, "d c q q"]:
+    """A patch kernel for patches of another side, by FlexiViT's pseudo-inverse (arXiv 2212.08013).
+
+    If B resizes a patch x bilinearly to the new side, w* = pinv(Bᵀ) w brings <Bx, w*> nearest to <x, w>, and for
+    larger patches equal. B is that of one side for rows and for columns, and so is its pseudo-inverse.
+    """
+    basis = torch.eye(kernel.shape[-1], dtype=torch.float64, device=kernel.device)
+    side = torch.linalg.pinv(F.interpolate(basis[None], patch, mode="linear", align_corners=False)[0])
+    return (side @ kernel.double() @ side.T).to(kernel.dtype)
+
+
 class ResNet(nn.Module):
     """A 7x7 root of stride 4 and bottleneck stages, each but the first of stride 2; sizes must divide evenly.
 

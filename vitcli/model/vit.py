@@ -4,10 +4,12 @@ Parameter names are timm's.
 """
 
 from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vitcli.model import ViTConfig
 from vitcli.model.attention import Attention, AttentionPool
@@ -31,7 +33,7 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(backbone.channels if backbone else 3, c.patch, d, backbone)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d)) if c.class_token else None
         self.dist_token = nn.Parameter(torch.zeros(1, 1, d)) if c.distilled else None
-        self.reg_token = nn.Parameter(1e-6 * torch.randn(1, c.registers, d)) if c.registers else None
+        self.reg_token = normal(1e-6, 1, c.registers, d) if c.registers else None
         self.pos_embed = self._learned_positions()
         self.fix_positions()
         self.dropout = nn.Dropout(c.dropout if c.depth else 0.0)
@@ -80,7 +82,7 @@ class ViT(nn.Module):
             x = block(x, first if i == len(self.blocks) - 1 else None)
         return self.norm(x)
 
-    def pool(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b *m d"]:
+    def pool(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b *m features"]:
         """What the head reads. Registers are never read; the mean and MAP read patches only."""
         cls, prefix = int(self.config.class_token), self.config.prefix
         match self.config.pool:
@@ -101,7 +103,7 @@ class ViT(nn.Module):
             return None
         down, across = self.config.grid(self.image_size)
         std = self.config.posemb_std or self.config.width**-0.5
-        return nn.Parameter(std * torch.randn(1, self.config.posemb_prefix + down * across, self.config.width))
+        return normal(std, 1, self.config.posemb_prefix + down * across, self.config.width)
 
     def fix_positions(self) -> None:
         """Compute the table where it is fixed, and so no part of the state: also after a build on the meta device."""
@@ -157,6 +159,25 @@ class DropPath(nn.Module):
             return x
         keep = 1 - self.rate
         return x * (x.new_empty(x.shape[0], 1, 1).bernoulli_(keep) / keep)
+
+
+def normal(std: float, *shape: int) -> nn.Parameter:
+    """A parameter from a normal distribution round 0."""
+    return nn.Parameter(nn.init.normal_(torch.empty(shape), std=std))
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves new parameters as they are."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is nn.init.normal_:
+            return (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def drawing() -> AbstractContextManager:
+    """How initial weights are drawn: not on the meta device, where torch would load 150 MB of Python to draw none."""
+    return _Undrawn() if torch.get_default_device().type == "meta" else nullcontext()
 
 
 def _pre_logits(width: int, features: int) -> nn.Sequential:

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from vitcli import __version__, onnx_providers
+from vitcli import __version__, onnx_providers, tensorrt_library
 
 PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "pillow", "safetensors")
 BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # AVX512-BF16, AMX, and Arm's
@@ -31,7 +31,7 @@ class Finding(NamedTuple):
 
 def inspect() -> list[Finding]:
     """Look at everything. It needs some seconds, since torch is imported and each ONNX provider tried."""
-    return [*_system(), *_packages(), *_torch(), *_providers()]
+    return [*_system(), *_packages(), *_torch(), *_providers(), *_tensorrt()]
 
 
 def _system() -> Iterator[Finding]:
@@ -140,7 +140,23 @@ def _providers() -> Iterator[Finding]:
             yield Finding("onnxruntime", item, "loads")
         else:
             reason, remedy = answer
-            # Nothing of vitcli asks for TensorRT or a provider of other hardware.
+            # TensorRT is used where it is asked for by name, and nothing asks for other hardware's providers.
             needed = provider == "CPUExecutionProvider" or (provider == "CUDAExecutionProvider" and bool(_driver()))
             value = f"does not load: {reason}" + (f"; {remedy}" if remedy else "")
             yield Finding("onnxruntime", item, value, ok=not needed)
+
+
+def _tensorrt() -> Iterator[Finding]:
+    """What `vit export --tensorrt` finds."""
+    for name in tensorrt_library.MODULES:
+        if name not in tensorrt_library.installed():
+            yield Finding("tensorrt", name, "not installed")
+            continue
+        try:
+            library = tensorrt_library.load(name)
+        except (ImportError, OSError) as error:
+            yield Finding("tensorrt", name, f"does not load: {error}", ok=False)
+            continue
+        reason = tensorrt_library.why_not(library) if find_spec("torch") else "torch is missing"
+        able = "builds engines, and runs none here" if name == "TensorRT-RTX" else "builds and runs none here"
+        yield Finding("tensorrt", name, f"{library.version}, {f'{able}: {reason}' if reason else 'usable'}")

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from vitcli.exporters import Report
+    from vitcli.exporters import HeldOut, Report
     from vitcli.inference import Answer, Scores
     from vitcli.plan import Plan
     from vitcli.recipe import Recipe
@@ -145,13 +145,50 @@ def outcome_lines(outcome: Outcome) -> Iterator[str]:
     yield f"next: vit export --onnx --ckpt {outcome.run}"
 
 
-def export_lines(report: Report) -> Iterator[str]:
-    """What was exported, and how it agrees."""
+def export_lines(report: Report, images: str) -> Iterator[str]:
+    """What was exported, and how it agrees on `images`."""
     parity, details = report.parity, ", ".join(f"{key} {value}" for key, value in report.details.items())
-    yield f"wrote {report.file}: {report.megabytes} MB, {details}, {report.seconds} s"
+    yield f"wrote {report.file}: {report.megabytes} MB, {report.precision}, {details}, {report.seconds} s"
     yield (
-        f"against the checkpoint on {parity.images} images: largest difference {parity.difference:.2g} "
-        f"(largest logit {parity.largest:.3g}), top-1 agreement {parity.agreement:.1%}"
+        f"against the checkpoint on {parity.images} images ({images}): largest difference {parity.difference:.2g} "
+        f"(largest logit {parity.largest:.3g}), top-1 agreement {parity.agreement:.1%}, SNR {_decibel(parity.snr)}, "
+        f"{parity.images_per_second:,g} img/s"
+    )
+    if report.held_out:
+        yield _held_out(report.held_out)
+
+
+def export_table(report: Report, images: str) -> Table:
+    """The same as a table."""
+    parity = report.parity
+    rows = {
+        "file": report.file,
+        "size": f"{report.megabytes} MB",
+        "precision": report.precision,
+        **{key: str(value) for key, value in report.details.items()},
+        "compared on": f"{parity.images} images ({images})",
+        "max difference": f"{parity.difference:.2g}, largest logit {parity.largest:.3g}",
+        "agreement": f"{parity.agreement:.1%} of first classes",
+        "SNR": _decibel(parity.snr),
+        "rate": f"{parity.images_per_second:,g} img/s on this CPU",
+    }
+    if report.held_out:
+        rows["held out"] = _held_out(report.held_out)
+    table = Table("what", "value", box=None, pad_edge=False, show_header=False)
+    for name, value in rows.items():
+        table.add_row(Text(name, style="bold"), Text(printable(value), overflow="fold"))
+    return table
+
+
+def _decibel(snr: float | None) -> str:
+    return "without noise" if snr is None else f"{snr:.1f} dB"
+
+
+def _held_out(scores: HeldOut) -> str:
+    what = "top-1" if scores.measure == "labels" else "agreement with fp32"
+    return (
+        f"{what} on {scores.images} held-out images: fp32 {scores.fp32:.2%}, int8 {scores.exported:.2%}, "
+        f"{scores.drop:+.2f} points lost"
     )
 
 

@@ -30,16 +30,18 @@ def infer(
     """The architecture of `state`, which may be brought to our form.
 
     Its position table becomes the class token's rows, then patches. `image_size` (height, width) is for formats that
-    say it; else the grid of patches is taken for square. `conventions` are the keys of ViTConfig that a format implies
-    and no shape tells; they win over what the shapes suggest. Raises CheckpointError.
+    say it; else the grid of patches is taken for square, and without a learned table for that of 224 pixels.
+    `conventions` are the keys of ViTConfig that a format implies and no shape tells; they win over what the shapes
+    suggest. Raises CheckpointError.
     """
     width, _, patch, _ = _shape(state, "patch_embed.proj.weight", 4)
     class_token, distilled = "cls_token" in state, "dist_token" in state
     registers = _shape(state, "reg_token", 3)[1] if "reg_token" in state else 0
-    hidden = _shape(state, "blocks.0.mlp.fc2.weight", 2)[1]
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    hidden = _shape(state, "blocks.0.mlp.fc2.weight", 2)[1] if depth else width
     found: dict[str, Any] = {
         "width": width,
-        "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        "depth": depth,
         "mlp_dim": hidden,
         "heads": heads or _heads(state, width),
         "patch": patch,
@@ -56,15 +58,18 @@ def infer(
         "representation_size": _outputs(state, "pre_logits.fc.weight") or None,
         **conventions,
     }
-    if _shape(state, "blocks.0.mlp.fc1.weight", 2)[0] == 2 * hidden:
+    if depth and _shape(state, "blocks.0.mlp.fc1.weight", 2)[0] == 2 * hidden:
         found["activation"] = "swiglu"
     try:
-        stride = ViTConfig(**found).stride
-        grid = (image_size[0] // stride, image_size[1] // stride) if image_size else None
+        config = ViTConfig(**found)
+        stride, learned = config.stride, config.posemb == "learned" and depth
+        size = image_size or (None if learned else (224, 224))
+        grid = (max(1, size[0] // stride), max(1, size[1] // stride)) if size else None
         grid, found["posemb_class"] = _positions(state, grid, int(class_token) + distilled, registers)
         config = ViTConfig(**found)
     except ValidationError as error:
-        raise CheckpointError(error.errors()[0]["msg"]) from error
+        first = error.errors()[0]
+        raise CheckpointError(": ".join([*map(str, first["loc"]), first["msg"]])) from error
     return Architecture(config, _outputs(state, "head.weight"), (grid[0] * stride, grid[1] * stride))
 
 
@@ -109,6 +114,8 @@ def _positions(state: State, grid: tuple[int, int] | None, cls: int, registers: 
 
     Rows of registers, which timm's older models have, are added to the registers and removed.
     """
+    if "pos_embed" not in state and grid:
+        return grid, False
     rows = _shape(state, "pos_embed", 3)[1]
     for prefix in (0, cls, cls + registers):
         patches = rows - prefix
@@ -119,7 +126,7 @@ def _positions(state: State, grid: tuple[int, int] | None, cls: int, registers: 
             own, of_registers, table = state["pos_embed"].split([cls, registers, patches], dim=1)
             state["reg_token"] = state["reg_token"] + of_registers
             state["pos_embed"] = torch.cat([own, table], dim=1)
-        return grid or (side, side), bool(prefix)
+        return grid or (side, side), bool(cls and prefix)
     shown = f"a grid of {grid[0]}x{grid[1]} patches" if grid else "a square grid of patches"
     raise CheckpointError(f"pos_embed has {rows} rows, which is not {shown}, with or without {cls} class tokens")
 
@@ -129,7 +136,7 @@ def add_zero_biases(state: State, *layers: str) -> None:
     for layer in layers:
         weights = [name for name in state if name.endswith(f"{layer}.weight")]
         if not any(name.endswith(f"{layer}.bias") for name in state):
-            state |= {name.removesuffix("weight") + "bias": torch.zeros(len(state[name])) for name in weights}
+            state |= {name.removesuffix("weight") + "bias": torch.zeros(state[name].shape[:1]) for name in weights}
 
 
 def _stem(state: State) -> ResNetStem | None:

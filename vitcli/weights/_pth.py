@@ -1,38 +1,52 @@
-"""python -P _pth.py SOURCE TARGET BYTES: the tensors of a PyTorch file, written as safetensors.
+"""python -P _pth.py SOURCE BYTES: the tensors of a PyTorch file, on stdout.
 
-Runs in a process of its own that may take BYTES of memory more than torch itself. Only torch's restricted reader
-opens the file, and whatever it refuses stays refused. Of several sets of weights the averaged one (EMA) is taken.
+First a line of JSON, [[name, dtype, shape], ...] or {"error": reason}; then the tensors' bytes in that order. What is
+sent is let go, so that the two processes never hold two sets of weights.
+
+Runs in a process of its own that may take BYTES of address space more than torch itself. Only torch's restricted
+reader opens the file, and whatever it refuses stays refused. Of several sets of weights the averaged one (EMA) is
+taken.
 """
 
+import json
 import re
 import sys
+from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+WRAPPERS = ("state_dict_ema", "model_ema", "target_encoder", "teacher", "state_dict", "model", "encoder", "student")
+LIST_LIMIT = 4 << 20  # bytes of the line of JSON; a real one has some ten kB
+PART = 128 << 20  # bytes to read of one mapping of the file
 
 
-def main(source: str, target: str, limit: int) -> None:
-    """Convert one file, or end with one line on stderr."""
-    _limit_memory(limit)
+def main(source: str, limit: int, out: BinaryIO) -> None:
+    """Send one file that may need `limit` bytes of memory, or the reason why not."""
+    with Path(source).open("rb") as file:
+        mapped = file.read(2) == b"PK"  # torch's format before 1.6 cannot be
     try:
-        tensors = state_dict(torch.load(source, map_location="cpu", weights_only=True))
-        save_file(tensors, target)
+        tensors = read(source, mapped)
+        contents = _list(tensors, limit)
     except Exception as error:  # whatever a damaged or hostile file makes the reader raise is the file's fault
-        sys.exit(_reason(str(error)) or type(error).__name__)
+        out.write(json.dumps({"error": _reason(error)}).encode() + b"\n")
+        return
+    out.write(contents)
+    done = 0
+    for name in list(tensors):
+        if mapped and done > PART:  # a new mapping, as only a closed one gives back the pages that were read
+            tensors.clear()
+            tensors, done = read(source, mapped), 0
+        done += tensors[name].nbytes
+        out.write(_bytes(tensors.pop(name)))
 
 
-def _reason(error: str) -> str:
-    """What torch says, without its advice to open the file unsafely."""
-    if asked := re.search(r"GLOBAL (\S+)", error):
-        return f"it asks for {asked[1]}, and only tensors are read"
-    if "can't allocate memory" in error:
-        return "it would take far more memory than a file of this size holds"
-    return "torch cannot read it" if "weights_only" in error else error.strip().partition("\n")[0]
+def read(source: str, mapped: bool) -> dict[str, Tensor]:
+    """The tensors; of a mapped file, what nobody asks for is never read."""
+    with torch.serialization.safe_globals([Namespace]):  # a plain record of settings, beside many models in training
+        return state_dict(torch.load(source, map_location="cpu", weights_only=True, mmap=mapped))
 
 
 def state_dict(loaded: Any) -> dict[str, Tensor]:
@@ -45,11 +59,38 @@ def state_dict(loaded: Any) -> dict[str, Tensor]:
     tensors = {name: value for name, value in loaded.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise TypeError("it holds no tensors by name")
-    return {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+    return tensors
 
 
-def _limit_memory(more: int) -> None:
+def _list(tensors: dict[str, Tensor], limit: int) -> bytes:
+    for name, value in tensors.items():
+        if value.layout != torch.strided or value.is_quantized:
+            raise TypeError(f"{ascii(name)[:80]} is sparse or quantized; only plain tensors are read")
+    if sum(value.nbytes for value in tensors.values()) > limit:
+        raise MemoryError
+    contents = json.dumps([(name, str(value.dtype)[len("torch.") :], value.shape) for name, value in tensors.items()])
+    if len(contents) > LIST_LIMIT:
+        raise ValueError(f"it holds {len(tensors)} tensors; a model has some hundreds")
+    return contents.encode() + b"\n"
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _reason(error: Exception) -> str:
+    """What torch says, without its advice to open the file unsafely."""
+    said = str(error)
+    if asked := re.search(r"GLOBAL (\S+)", said):
+        return f"it asks for {asked[1][:100]}, and only tensors are read"
+    if isinstance(error, MemoryError) or "allocate memory" in said:
+        return "it would take far more memory than a file of its size holds"
+    return "torch cannot read it" if "weights_only" in said or not said else said.strip().partition("\n")[0][:200]
+
+
+def limit_memory(more: int) -> None:
     """Allow `more` bytes of address space beyond what is taken now. Only Linux can tell and enforce it."""
+    torch.set_num_threads(1)  # each further one would need address space
     if sys.platform == "linux":
         import resource
 
@@ -59,4 +100,5 @@ def _limit_memory(more: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    limit_memory(int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), sys.stdout.buffer)
