@@ -6,6 +6,8 @@ import os
 import pickle  # noqa: TID251 - to write what must not be read
 import re
 import struct
+import subprocess
+import sys
 import time
 import warnings
 import zipfile
@@ -89,6 +91,14 @@ def test_pytorch_in_every_precision(path, state, old, dtype):
     state = {name: tensor.to(dtype) for name, tensor in state.items()}
     torch.save(state, path, _use_new_zipfile_serialization=not old)
     assert_holds(path, state)
+
+
+def test_loading_does_not_load_torchs_compiler(path, state):
+    """To build on the meta device torch imports it for a second, and keeps 150 MB: where initial weights are drawn."""
+    save_file(state, path)
+    code = "import sys; from pathlib import Path; from vitcli import checkpoint; checkpoint.load(Path(sys.argv[1]))"
+    command = [sys.executable, "-c", f"{code}; sys.exit('torch._dynamo' in sys.modules)", str(path)]
+    assert subprocess.run(command).returncode == 0
 
 
 @pytest.mark.usefixtures("own_process")
@@ -510,7 +520,7 @@ def test_no_file(path):
         (b"PK", "the file is damaged or cut off"),
         (b"PK\x05\x06" + bytes(18), "not a file of weights"),
         (b"\x80", "not a file of weights"),
-        (b"\x80\x02.", "not a file of weights"),
+        (b"\x80\x02.", "not a file of weights: torch cannot read it"),
         (b"\x80\x02}q\x00.", "not a file of weights"),
     ],
     ids=ascii,
@@ -552,6 +562,15 @@ def test_what_is_no_file(tmp_path, made):
     begin = time.monotonic()
     refusal(path)
     assert time.monotonic() - begin < 1
+
+
+def test_file_that_may_not_be_read(path, monkeypatch):
+    def forbid(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    path.write_bytes(b"PK")
+    monkeypatch.setattr(Path, "open", forbid)
+    assert refusal(path) == "it cannot be read: Permission denied"
 
 
 def test_link_to_a_file(tmp_path, state):

@@ -65,9 +65,13 @@ class Runtime:
             if isinstance(part, Attention | AttentionPool):
                 part.attend = attend
         if self.compile:
-            for name, part in module.named_modules():
-                if name.rpartition(".")[0].endswith("blocks"):
-                    part.compile()
+            import torch._dynamo
+
+            blocks = [part for name, part in module.named_modules() if name.rpartition(".")[0].endswith("blocks")]
+            # Blocks with a stochastic depth of their own are graphs of their own, in training and in evaluation.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 + 4 * len(blocks))
+            for part in blocks:
+                part.compile()
         return module
 
     def put(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

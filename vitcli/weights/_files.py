@@ -10,6 +10,7 @@ import re
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from threading import Timer
@@ -27,7 +28,7 @@ from vitcli.weights import NAMES, Beside
 HEADER_LIMIT = 4 << 20  # bytes of a list of tensors, in whatever form; a real one has some ten or hundred kB
 EXPANSION_LIMIT = 4, 256 << 20  # a file may take this times its size, and this many bytes more, in memory
 JSON_LIMIT = 8 << 20  # bytes of a config.json
-PATIENCE = 60, 20 << 20  # seconds for any PyTorch file, and bytes of it that a second must do in addition
+PATIENCE = 300, 10 << 20  # seconds for any PyTorch file, and bytes of it that a second must do in addition
 SAVE = 'save them: torch.save(torch.jit.load(FILE, "cpu").state_dict(), NEW_FILE)'
 KNOWN = "known are .npz, .safetensors, and torch.save(model.state_dict(), ...) without other objects"
 AGAIN = "copy or download it again"
@@ -112,8 +113,11 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise CheckpointError("it is a device or a pipe, not a file" if path.exists() else "no such file")
     if not path.stat().st_size:
         raise CheckpointError("the file is empty", AGAIN)
-    with path.open("rb") as file:
-        start = file.read(9)
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise CheckpointError(f"it cannot be read: {error.strerror}") from error
     if start.startswith(b"PK"):
         return _read_zip(path)
     if start[8:9] == b"{":
@@ -212,15 +216,15 @@ def _read_pytorch(path: Path) -> dict[str, Tensor]:
     child = subprocess.Popen(  # noqa: S603 - our own reader, no shell
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
-    clock = Timer(seconds, child.kill)
+    begin, clock = time.monotonic(), Timer(seconds, child.kill)
     with child:
         assert isinstance(child.stdout, io.BufferedReader)
         clock.start()
         try:
             return _receive(child.stdout)
         except EOFError as error:
-            spent = not clock.is_alive()
-            reason = f"it takes more than {seconds} seconds to read" if spent else "its reader ended too early"
+            late = time.monotonic() - begin >= seconds
+            reason = f"it takes more than {seconds} seconds to read" if late else "its reader ended too early"
             raise CheckpointError(f"not a file of weights: {reason}", KNOWN) from error
         finally:
             clock.cancel()

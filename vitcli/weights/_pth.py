@@ -23,6 +23,10 @@ LIST_LIMIT = 4 << 20  # bytes of the line of JSON; a real one has some ten kB
 PART = 128 << 20  # bytes to read of one mapping of the file
 
 
+class NotWeightsError(Exception):
+    """The file is torch's, and holds something else."""
+
+
 def main(source: str, limit: int, out: BinaryIO) -> None:
     """Send one file that may need `limit` bytes of memory, or the reason why not."""
     with Path(source).open("rb") as file:
@@ -55,22 +59,22 @@ def state_dict(loaded: Any) -> dict[str, Tensor]:
         if isinstance(loaded, dict):
             loaded = next((loaded[name] for name in WRAPPERS if isinstance(loaded.get(name), dict)), loaded)
     if not isinstance(loaded, dict):
-        raise TypeError(f"it holds a {type(loaded).__name__}, not tensors by name")
+        raise NotWeightsError(f"it holds a {type(loaded).__name__}, not tensors by name")
     tensors = {name: value for name, value in loaded.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
-        raise TypeError("it holds no tensors by name")
+        raise NotWeightsError("it holds no tensors by name")
     return tensors
 
 
 def _list(tensors: dict[str, Tensor], limit: int) -> bytes:
     for name, value in tensors.items():
         if value.layout != torch.strided or value.is_quantized:
-            raise TypeError(f"{ascii(name)[:80]} is sparse or quantized; only plain tensors are read")
+            raise NotWeightsError(f"{ascii(name)[:80]} is sparse or quantized; only plain tensors are read")
     if sum(value.nbytes for value in tensors.values()) > limit:
         raise MemoryError
     contents = json.dumps([(name, str(value.dtype)[len("torch.") :], value.shape) for name, value in tensors.items()])
     if len(contents) > LIST_LIMIT:
-        raise ValueError(f"it holds {len(tensors)} tensors; a model has some hundreds")
+        raise NotWeightsError(f"it holds {len(tensors)} tensors; a model has some hundreds")
     return contents.encode() + b"\n"
 
 
@@ -79,13 +83,16 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _reason(error: Exception) -> str:
-    """What torch says, without its advice to open the file unsafely."""
-    said = str(error)
+    """What torch says where it says something, without its advice to open the file unsafely."""
+    said = str(error).strip()
     if asked := re.search(r"GLOBAL (\S+)", said):
         return f"it asks for {asked[1][:100]}, and only tensors are read"
     if isinstance(error, MemoryError) or "allocate memory" in said:
         return "it would take far more memory than a file of its size holds"
-    return "torch cannot read it" if "weights_only" in said or not said else said.strip().partition("\n")[0][:200]
+    if isinstance(error, NotWeightsError):
+        return said
+    told = isinstance(error, RuntimeError) and "weights_only" not in said
+    return f"torch cannot read it: {said.splitlines()[0][:160]}" if told and said else "torch cannot read it"
 
 
 def limit_memory(more: int) -> None:
