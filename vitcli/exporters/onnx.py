@@ -73,7 +73,7 @@ def export(
 ) -> Report:
     """Write `out`, and above 1.8 GB of weights `out`.data beside it, and hold it against the checkpoint on `images`.
 
-    `source` is the file that the model was loaded from and `recipe` its recipe's name, both for the metadata. int8
+    `source` is the file that the model was loaded from, `recipe` its recipe as JSON, both for the metadata. int8
     calibrates on every other image of `calibration`, as `skip` and `percentile` say, and is scored on the rest:
     against `labels`, the classes of all of them, or else against fp32; `max_drop` is in points. `on_stage` is told
     what begins: trace, optimise, quantise, check, parity.
