@@ -1,8 +1,9 @@
 """Image towers of CLIP, as OpenAI and open_clip save them: beside the text tower, or alone.
 
 A tower ends in an embedding, not in classes. OpenAI's has QuickGELU; its state dict holds some of the model's numbers
-as tensors, which tell it from open_clip's. Of all others open_clip_config.json tells; without it they are taken for the
-usual: exact GELU, the class token read. --set model.activation=quick_gelu mends that for a fine-tuning.
+as tensors, which tell it from open_clip's; saved again without them it cannot be told. Of all others
+open_clip_config.json tells; without it they are taken for the usual: exact GELU, the class token read. --set
+model.activation=quick_gelu mends that for a fine-tuning.
 """
 
 from typing import Any, Literal
