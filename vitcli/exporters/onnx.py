@@ -264,7 +264,7 @@ def _check_whole(
     bound: str,
     max_batch: int | None,
 ) -> Parity:
-    """Hold a file that prepares images itself against our own preparing; the images of a batch are cut to one size."""
+    """Hold a file that prepares images itself against our own preparing; the images of a batch get one size."""
     import torch
 
     from vitcli.data.preprocess import pixels, prepare
