@@ -38,7 +38,12 @@ def answer(
 
 def print_error(message: str) -> None:
     """An error line on stderr."""
-    err.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    err.print(f"[bold red]error:[/] {escape(_printable(message))}", highlight=False, soft_wrap=True)
+
+
+def _printable(text: str) -> str:
+    """Spell out what would colour or move the terminal: a message may quote a file that nobody vouches for."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
 
 
 def run(app: typer.Typer) -> None:
@@ -52,7 +57,7 @@ def run(app: typer.Typer) -> None:
     except UserError as error:
         print_error(str(error))
         if error.hint:
-            err.print(f"hint: {error.hint}", highlight=False, markup=False, soft_wrap=True)
+            err.print(f"hint: {_printable(error.hint)}", highlight=False, markup=False, soft_wrap=True)
         code = error.exit_code
     except typer.Exit as ended:
         code = ended.exit_code
