@@ -42,8 +42,10 @@ def print_error(message: str) -> None:
 
 
 def _printable(text: str) -> str:
-    """Spell out what would colour or move the terminal: a message may quote a file that nobody vouches for."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
+    """Line by line, what would colour or move the terminal as escapes: a message may quote a file of anyone's."""
+    from vitcli.report.tables import printable
+
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def run(app: typer.Typer) -> None:

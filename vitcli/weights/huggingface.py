@@ -19,8 +19,9 @@ from vitcli.model.position import sincos2d, sincos2d_mae
 from vitcli.weights import Beside, Foreign, Tensors, _huggingface_config, _huggingface_processor
 from vitcli.weights._architecture import add_zero_biases, infer, stretched
 from vitcli.weights._huggingface_card import card
-from vitcli.weights._huggingface_config import FAMILIES, Config, checked, family_of
-from vitcli.weights._huggingface_processor import Pixels, Processor
+from vitcli.weights._huggingface_config import FAMILIES, Config, family_of
+from vitcli.weights._huggingface_processor import Processor
+from vitcli.weights._json import Pixels, checked
 from vitcli.weights._names import rename
 
 BLOCK = "encoder.layer.#."
