@@ -13,7 +13,7 @@ import warnings
 import zipfile
 import zlib
 from argparse import Namespace
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from contextlib import suppress
 from pathlib import Path
 
@@ -123,6 +123,23 @@ def test_settings_beside_the_model_are_passed_over(path, state):
     torch.save({"model": state, "args": Namespace(lr=Payload(path.with_name("ran")))}, path)
     assert "only plain tensors are read" in refusal(path)
     assert not path.with_name("ran").exists()
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "old"])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_what_training_leaves_beside_the_model(path, state, protocol, old):
+    beside = {
+        "optimizer": {"state": {0: {"step": 3, "exp_avg": torch.zeros(3)}}, "param_groups": [{"params": [0, 1]}]},
+        "scheduler": {"milestones": Counter([30, 30, 60]), "last": -1, "rates": (0.1, 1e-5, None, True)},
+        "random": torch.get_rng_state(),
+        "types": [torch.Size([1, 2]), torch.device("cpu"), torch.float32, np.float64(0.5), 1j, bytearray(b"a")],
+        "large": 1 << 80,
+        "text": "é" * 300,
+        "scores": defaultdict(list, {"top1": [0.5]}),
+    }
+    content = {"model": OrderedDict(state), **beside}
+    torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=not old)
+    assert_holds(path, state)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

@@ -150,10 +150,9 @@ def place_for(out: Path) -> Iterator[Path]:
             storage.publish(Path(place))
             for file in sorted(Path(place).iterdir(), reverse=True):  # model.onnx.data before model.onnx
                 file.replace(out.parent / file.name)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise StorageError(f"cannot write {out}: {out.parent} is no folder", "choose another place") from error
     except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         reason = error.strerror if isinstance(error, OSError) else error
+        reason = f"{out.parent} is a file" if isinstance(error, FileExistsError) else reason
         raise StorageError(f"cannot write {out}: {reason}", "free space or choose another place") from error
 
 

@@ -30,7 +30,8 @@ DICT = re.compile(r"collections (OrderedDict|Counter|defaultdict)")
 # What often stands beside the weights. Nothing of it is kept.
 BESIDE = re.compile(
     r"torch (Size|device|Tensor|bool|b?float\d+|u?int\d+|complex\d+)|torch\.nn\.parameter Parameter|argparse Namespace|"
-    r"_codecs encode|(builtins|__builtin__) (set|bytearray|complex)|numpy dtype|numpy\._?core\.multiarray scalar"
+    r"_codecs encode|(builtins|__builtin__) (set|list|dict|int|float|complex|bytearray)|numpy dtype|"
+    r"numpy\._?core\.multiarray scalar"
 )
 NUMBERS = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"}
 TEXTS = {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
