@@ -44,7 +44,7 @@ def ahead(batches: Generator[dict[str, T], None, None], device: torch.device) ->
             stream = torch.cuda.current_stream(device)
             stream.wait_event(ready)
             for value in batch.values():
-                if isinstance(value, Tensor):
+                if isinstance(value, Tensor) and value.is_cuda:
                     value.record_stream(stream)
             yield batch
     finally:
