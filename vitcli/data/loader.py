@@ -23,6 +23,7 @@ from vitcli.data import DataConfig, Preprocessing
 from vitcli.data.augment import augment
 from vitcli.data.images import BadImage
 from vitcli.data.preprocess import prepare
+from vitcli.data.sampling import epoch_order, turns
 from vitcli.data.sources import Dataset
 from vitcli.data.workers import Part, Sample, load, start_server
 from vitcli.errors import DataError
@@ -76,7 +77,7 @@ def train_batches(
     workers = _workers(data.workers, easy, len(places) * (steps - start), neighbours)
     if workers:
         start_server()  # it imports torch while the caller builds a model
-    order = _order(len(dataset), batch, seed, range(start, steps), places)
+    order = _order(data, dataset, batch, seed, range(start, steps), places)
     return _train_batches(data, dataset, seed, order, steps - start, len(places), workers)
 
 
@@ -134,23 +135,32 @@ def _too_many(broken: list[BadImage], share: float, images: int) -> DataError:
     )
 
 
-def _order(images: int, batch: int, seed: int, steps: range, places: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
-    """(epoch, index) of the images of each part of each batch. An epoch is a permutation without its partial batch."""
-    epoch, order = -1, np.empty(0, dtype=np.int64)
+def _order(
+    data: DataConfig, dataset: Dataset, batch: int, seed: int, steps: range, places: Sequence[int]
+) -> Iterator[list[tuple[int, int]]]:
+    """(turn, index) of the images of each part of each batch. An epoch goes without its last partial batch.
+
+    The turn is the epoch, and above its 32 bits how often the epoch has shown the image before.
+    """
+    epoch = -1
+    order = turn = np.empty(0, dtype=np.int64)
     for step in steps:
-        now, place = divmod(step, images // batch)
+        now, place = divmod(step, len(dataset) // batch)
         if now != epoch:
-            epoch, order = now, rng.generator(seed, Stream.SHUFFLE, now).permutation(images)
-        whole = order[place * batch : (place + 1) * batch]
-        chosen = [(epoch, int(whole[place])) for place in places]
+            chance = rng.generator(seed, Stream.SHUFFLE, now)
+            epoch, order = now, epoch_order(dataset, data.sampling, data.repeat_threshold, chance)
+            turn = epoch + (turns(order) << 32)
+        here = slice(place * batch, (place + 1) * batch)
+        whole = list(zip(turn[here].tolist(), order[here].tolist(), strict=True))
+        chosen = [whole[place] for place in places]
         yield from (chosen[i : i + CHUNK] for i in range(0, len(chosen), CHUNK))
 
 
 def _training_sample(data: DataConfig, dataset: Dataset, seed: int, position: tuple[int, int]) -> Sample:
-    """The augmented image of (epoch, index), or of another index if that one is broken and may be replaced."""
-    epoch, index = position
-    others = rng.generator(seed, Stream.REPLACE, epoch, index)
-    chance = rng.generator(seed, Stream.AUGMENT, epoch, index)
+    """The augmented image of (turn, index), or of another index if that one is broken and may be replaced."""
+    turn, index = position
+    others = rng.generator(seed, Stream.REPLACE, turn, index)
+    chance = rng.generator(seed, Stream.AUGMENT, turn, index)
     bad = []
     for _ in range(TRIES if data.bad_images else 1):
         try:
