@@ -11,7 +11,7 @@ import typer
 from typer import Argument, Option
 
 from vitcli.console import err, print_error
-from vitcli.errors import RecipeError
+from vitcli.errors import DataError, RecipeError
 
 data_commands = typer.Typer(help="Check data sets, and pack them into shards.", no_args_is_help=True)
 
@@ -61,3 +61,34 @@ def pack(
             err.print(line, highlight=False, markup=False, soft_wrap=True)
         print_error(f"{len(done.bad):,} images could not be read and are left out")
         raise typer.Exit(1)
+
+
+@data_commands.command()
+def check(
+    source: Images,
+    histogram: Annotated[Path | None, Option(help="Write the sizes of the classes as a PNG.")] = None,
+    jobs: Jobs = None,
+    json: Json = False,
+) -> None:
+    """Decode every image; find duplicates, leaks between train and val, and what is odd.
+
+    Exit code 3 if images cannot be read, or the same bytes are trained on and held out, or of two classes.
+
+    vit data check imagenet/ --histogram classes.png
+
+    vit data check shards/ --json
+    """
+    from vitcli.data import check as checking
+    from vitcli.data.parallel import cores
+    from vitcli.data.sources import described, parsed
+    from vitcli.report import data_check
+
+    found = checking.check(parsed(described(source)), jobs=jobs or cores())
+    if histogram:
+        data_check.draw(found, histogram)
+    if json:
+        print(jsons.dumps(asdict(found) | {"sound": found.sound}))
+    else:
+        print("\n".join(data_check.lines(found)))
+    if not found.sound:
+        raise DataError(f"{source} has images that cannot be read, or that are where they should not be")

@@ -80,7 +80,8 @@ AnySource: Any = one_of(__name__, Source)
 def described(path: str) -> dict[str, Any]:
     """The source that a path on the command line means, as a recipe spells it.
 
-    A folder is one of shards where it holds tars, else one of class folders; a .csv or .parquet is a table.
+    A folder is one of shards where it holds tars, of Hugging Face's Parquet where it holds that, else one of class
+    folders; a .csv or .parquet is a table.
     """
     if "://" in path:
         return {"name": "shards", "path": path}
@@ -88,7 +89,13 @@ def described(path: str) -> dict[str, Any]:
         return {"name": "digits"}
     if path.lower().endswith((".csv", ".parquet")):
         return {"name": "table", "train": path}
-    tars = glob.glob("*.tar", root_dir=os.path.expanduser(path))
+    root = os.path.expanduser(path)
+    for place in ("", "data/"):
+        if glob.glob(f"{place}train*.parquet", root_dir=root):
+            held_out = [f"{place}{name}*.parquet" for name in ("val", "test")]
+            val = next((os.path.join(path, name) for name in held_out if glob.glob(name, root_dir=root)), None)
+            return {"name": "table", "train": os.path.join(path, f"{place}train*.parquet"), "val": val}
+    tars = glob.glob("*.tar", root_dir=root)
     if not tars:
         return {"name": "folder", "path": path}
     if any(fnmatch(name, "train-*.tar") or fnmatch(name, "val-*.tar") for name in tars):
