@@ -7,12 +7,15 @@ import hashlib
 import os
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vitcli.data import index
 from vitcli.errors import DataError, StorageError
 
+ASKED_AT_A_TIME = 16  # files whose size is asked for
+STALE = 3600.0  # seconds after which a fetch that wrote nothing is dead
 TRIES, PAUSE = 4, 1.0  # of a fetch; seconds, doubled after each
 
 
@@ -29,10 +32,13 @@ def find(root: str, names: Iterable[str] | str) -> list[Shard]:
     files, base = connect(root)
     with _told(root):
         if isinstance(names, str):
-            found: Any = files.glob(f"{base}/{names}", detail=True)
+            found: list[str] = files.glob(f"{base}/{names}")
         else:
-            found = {f"{base}/{name}": files.info(f"{base}/{name}") for name in names}
-    return sorted(_shard(files, name, facts) for name, facts in found.items())
+            found = [f"{base}/{name}" for name in names]
+        with ThreadPoolExecutor(ASKED_AT_A_TIME) as pool:
+            return [
+                _shard(files, *pair) for pair in zip(sorted(found), pool.map(files.info, sorted(found)), strict=True)
+            ]
 
 
 def texts(root: str, names: Iterable[str]) -> dict[str, bytes]:
@@ -56,7 +62,10 @@ def connect(url: str) -> tuple[Any, str]:
 
 
 class Cache:
-    """Fetched shards. No more than `limit` bytes stay: those not read for longest go first."""
+    """Fetched shards. No more than `limit` bytes are kept, besides what other processes fetch at the moment.
+
+    Those not read for longest go first.
+    """
 
     def __init__(self, limit: int):
         self.limit = limit
@@ -90,6 +99,8 @@ class Cache:
             try:
                 status = file.stat()
             except FileNotFoundError:  # another process made room, too
+                continue
+            if file.name.startswith(".tmp-") and time.time() - status.st_mtime < STALE:
                 continue
             kept.append((status.st_mtime_ns, status.st_size, file))
         held = sum(size for _, size, _ in kept)
@@ -137,7 +148,7 @@ def _shard(files: Any, name: str, facts: dict[str, Any]) -> Shard:
     url, size = files.unstrip_protocol(name), facts.get("size")
     if size is None:
         raise DataError(f"{url}: its size is unknown", "the server must tell the length of a file")
-    known = (facts.get(key) for key in ("ETag", "etag", "LastModified", "mtime", "updated", "created"))
+    known = (facts.get(key) for key in ("ETag", "etag", "LastModified", "Last-Modified", "mtime", "updated"))
     return Shard(url, size, str(next((value for value in known if value is not None), "")))
 
 
@@ -151,6 +162,8 @@ class _told:  # noqa: N801 (a context manager that reads as a word)
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if isinstance(error, DataError):
+            return
         if isinstance(error, ImportError):
             raise DataError(f"{self.url} cannot be read: {error}", 'pip install "vitcli[remote]"') from error
         if isinstance(error, Exception):
