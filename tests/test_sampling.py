@@ -1,7 +1,5 @@
 """How often images are shown where classes are not equally large, and what their loss counts."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,7 @@ from torch.nn import functional as F
 
 from vitcli.data import DataConfig
 from vitcli.data.loader import train_batches
-from vitcli.data.sampling import epoch_order, repeat_factors, turns
+from vitcli.data.sampling import epoch_order, repeat_factors, told, turns
 from vitcli.data.sources._arrays import Arrays
 from vitcli.objectives.classify import Classify
 
@@ -65,8 +63,9 @@ def test_repeat_factors_are_those_of_lvis(dataset):
 
 def test_turns_count_the_times_before():
     order = np.array([3, 1, 3, 3, 0, 1])
-    assert turns(order).tolist() == [0, 0, 1, 2, 0, 1]
-    assert turns(np.arange(5)[::-1]).tolist() == [0] * 5
+    assert turns(order, "balanced").tolist() == [0, 0, 1, 2, 0, 1]
+    assert turns(np.arange(5)[::-1], "repeat_factor").tolist() == [0] * 5
+    assert turns(np.arange(5), "uniform").tolist() == [0] * 5
 
 
 def test_a_repeated_image_is_augmented_anew_and_a_run_can_start_anywhere(dataset):
@@ -145,6 +144,11 @@ def test_a_run_says_what_it_did(tmp_path, monkeypatch, vit):
     said = vit("pretrain", "quickstart", *sets("data.repeat_threshold=0.1"))
     assert said.code == 2
     assert "is used by sampling: repeat_factor only" in said.err
-    threshold = ("data.sampling=repeat_factor", "data.repeat_threshold=0.5", "steps=6")
-    said = vit("pretrain", "quickstart", *sets(*TINY, *threshold), "--run", "other", "--json")
-    assert "repeat-factor sampling of 10 classes" in json.loads(said.out)["balance"][0]
+
+
+def test_repeat_factors_are_told(dataset):
+    (line,) = told(dataset, "repeat_factor", 0.1)
+    assert "5 classes of 1 to 600 images, threshold 0.1" in line
+    mean = (900 + 90 * (0.1 / 0.09) ** 0.5 + 9 * (0.1 / 0.009) ** 0.5 + 10) / 1000
+    assert f"smallest class {10 / mean:.3g} times, of the largest {1 / mean:.3g} times" in line
+    assert told(dataset, "uniform", 0.1) == ()

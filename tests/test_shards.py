@@ -1,14 +1,17 @@
 """Tar shards: what they mean, what is wrong with them, where they are kept."""
 
+import hashlib
 import io
 import json
 import os
+import signal
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from command import TINY, Vit, sets
+from command import TINY, Vit, finish, process, sets
 from PIL import Image
 
 from vitcli.data import DataConfig
@@ -493,3 +496,123 @@ def test_training_and_scoring_on_shards(folder, tmp_path, monkeypatch, vit):
     loose, packed = (vit("eval", "--ckpt", "run", "--data", place, "--json").json for place in (folder, "out"))
     assert (packed["images"], packed["top1"]) == (6, loose["top1"])
     assert packed["loss"] == pytest.approx(loose["loss"], abs=1e-6)
+
+
+def mutated(content: bytes, rng: np.random.Generator) -> bytes:
+    """The bytes with one to three flips, cuts, insertions, or blocks in another order."""
+    changed = bytearray(content)
+    for _ in range(int(rng.integers(1, 4))):
+        at = int(rng.integers(len(changed)))
+        match int(rng.integers(6)):
+            case 0:
+                changed[at] ^= 1 << int(rng.integers(8))
+            case 1:
+                del changed[at : at + int(rng.integers(1, 2000))]
+            case 2:
+                changed[at:at] = rng.bytes(int(rng.integers(1, 1500)))
+            case 3:
+                changed[at:] = b""
+            case 4:
+                start = at // BLOCK * BLOCK
+                other = int(rng.integers(len(changed))) // BLOCK * BLOCK
+                block = changed[start : start + BLOCK]
+                changed[start : start + BLOCK], changed[other : other + BLOCK] = changed[other : other + BLOCK], block
+            case 5:
+                start = at // BLOCK * BLOCK  # a field of a header, with a checksum that is right
+                changed[start + 100 : start + 160] = rng.choice([*b"01234567 \0-7L"], 60).astype(np.uint8).tobytes()
+                header = changed[start : start + BLOCK]
+                if len(header) == BLOCK:
+                    header[148:156] = b" " * 8
+                    changed[start + 148 : start + 156] = b"%06o\0 " % sum(header)
+        changed = changed or bytearray(b"\0")
+    return bytes(changed)
+
+
+def test_a_check_names_every_damaged_shard(folder, tmp_path, vit):
+    vit("data", "pack", folder, tmp_path, "--per-shard", "4", "--jobs", "1")
+    paths = [tmp_path / f"train-00000{number}.tar" for number in range(5)]
+    paths[1].write_bytes(paths[1].read_bytes()[:2000])
+    content = bytearray(paths[3].read_bytes())
+    content[-1] ^= 1  # behind the end mark, where no header and no image is
+    paths[3].write_bytes(content)
+    said = vit("data", "check", tmp_path, "--jobs", "1", "--json")
+    assert said.code == 3
+    first, second = said.json["damaged"]
+    assert "train-000001.tar: damaged at byte 2000" in first
+    assert "3 samples lost" in first
+    assert "train-000003.tar: its SHA-256 is not the one in its list" in second
+    assert said.json["counts"]["unreadable"] == 0
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(3000, marks=pytest.mark.slow)])
+def test_whatever_happens_to_a_shard_it_is_used_or_refused(tmp_path, count):
+    path = write(tmp_path / "in/train-0.tar", *samples(5), form=tarfile.PAX_FORMAT)
+    whole, rng, ends = path.read_bytes(), np.random.default_rng(count), {"refused": 0, "used": 0, "bad": 0}
+    for _ in range(count):
+        path.write_bytes(mutated(whole, rng))
+        for broken in ("error", "skip"):
+            told = ""
+            try:
+                dataset = opened(tmp_path / "in", broken=broken)
+            except DataError as error:
+                told = str(error)
+            if told:
+                assert "train-0.tar" in told or "hold no images" in told
+                ends["refused"] += 1
+                continue
+            ends["used"] += 1
+            assert len(dataset) <= 5
+            for i in range(len(dataset)):
+                try:
+                    dataset.image(i)
+                except BadImage as error:
+                    told = error.path
+                    ends["bad"] += 1
+                assert told in ("", dataset.path(i))
+                told = ""
+    assert min(ends.values()) > count / 40
+    assert [file.name for file in tmp_path.rglob("*")] == ["in", "train-0.tar"]
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(30, marks=pytest.mark.slow)])
+def test_a_killed_pack_leaves_nothing_half_and_goes_on(folder, tmp_path, kills):
+    pack = ("data", "pack", folder, tmp_path / "out", "--per-shard", "1", "--jobs", "1")
+    rng = np.random.default_rng(kills)
+    assert finish(process("data", "pack", folder, tmp_path / "whole", "--per-shard", "1", cwd=tmp_path)).code == 0
+    for _ in range(kills):
+        started = process(*pack, cwd=tmp_path)
+        begin = time.monotonic()
+        while not list(tmp_path.glob("out/*.json")) and time.monotonic() - begin < 30:
+            time.sleep(0.001)
+        time.sleep(float(rng.random()) * 0.02)
+        started.kill()
+        finish(started)
+        for listing in (tmp_path / "out").glob("[tv]*.json"):
+            tar, told = listing.with_suffix(".tar"), json.loads(listing.read_bytes())
+            assert hashlib.sha256(tar.read_bytes()).hexdigest() == told["sha256"]
+    assert finish(process(*pack, cwd=tmp_path)).code == 0
+    left, expected = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("out", "whole")
+    )
+    assert left == expected
+
+
+def test_an_interrupted_pack_ends_its_processes(folder, tmp_path):
+    started = process("data", "pack", folder, tmp_path / "out", "--per-shard", "1", "--jobs", "2", cwd=tmp_path)
+    while not (tmp_path / "out/.lock").exists():
+        time.sleep(0.01)
+    started.send_signal(signal.SIGINT)
+    said = finish(started)  # which waits for all that hold its stderr
+    assert said.code in (0, 130)
+    assert "Traceback" not in said.err
+
+
+def test_two_processes_share_the_cache(tmp_path, cache):
+    for number in range(6):
+        write(tmp_path / f"train-{number}.tar", *samples(5, first=5 * number))
+    size = (tmp_path / "train-0.tar").stat().st_size
+    dataset = opened(f"file://{tmp_path}", cache_gb=2.5 * size / 1e9)
+    order = np.random.default_rng(0).integers(0, 30, 120).tolist()
+    read = list(each(dataset.image, order, jobs=2))
+    assert sorted(image.getpixel((0, 0))[0] for image in read) == sorted(order)
+    assert len(list((cache / "shards").glob("*.tar"))) <= 3

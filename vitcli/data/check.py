@@ -39,14 +39,15 @@ _SUFFIXES = {
 class Check:
     """What was found. Paths are as messages name them.
 
-    `unreadable` are reasons; `odd` images are usable, but of a rare mode, shape or a wrong suffix. Images of one group
-    of `duplicates` have the same bytes, of `near_duplicates` nearly the same look. `leaks` are held-out images that
-    are trained on: (held out, trained on, "same bytes" or "near"). `conflicts` are groups of the same bytes under
-    different classes. `counts` are all there are, where lists are cut.
+    `damaged` are shards that are not whole, `unreadable` images with the reason. `odd` ones are usable, but of a rare
+    mode, shape or a wrong suffix. Images of one group of `duplicates` have the same bytes, of `near_duplicates` nearly
+    the same look. `leaks` are held-out images that are trained on: (held out, trained on, "same bytes" or "near").
+    `conflicts` are groups of the same bytes under different classes. `counts` are all there are, where lists are cut.
     """
 
     images: dict[str, int]
     classes: dict[str, dict[str, int]]
+    damaged: list[str]
     unreadable: list[str]
     odd: list[str]
     modes: dict[str, int]
@@ -65,7 +66,7 @@ class Check:
     def sound(self) -> bool:
         """Whether every image can be used, and none is both trained on and held out, or of two classes."""
         same = any(kind == "same bytes" for *_, kind in self.leaks)
-        return not (self.unreadable or self.conflicts or same)
+        return not (self.damaged or self.unreadable or self.conflicts or same)
 
 
 class Task(NamedTuple):
@@ -123,6 +124,7 @@ def check(source: Source, *, jobs: int) -> Check:
     def paths(groups: list[list[int]]) -> list[list[str]]:
         return [[path(number) for number in group] for group in groups[:LISTED]]
 
+    damaged = [line for dataset in datasets.values() for line in dataset.damage()]
     labels = np.concatenate([dataset.labels for dataset in datasets.values()])
     same, one = _same(digests, readable)
     pairs = _near(hashes, hashed & one)
@@ -145,6 +147,7 @@ def check(source: Source, *, jobs: int) -> Check:
     return Check(
         images={split: len(dataset) for split, dataset in datasets.items()},
         classes={split: _counts(dataset) for split, dataset in datasets.items()},
+        damaged=damaged,
         unreadable=lines["unreadable"][:LISTED],
         odd=lines["odd"][:LISTED],
         modes=_sums(kinds, 0),

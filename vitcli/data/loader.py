@@ -149,7 +149,7 @@ def _order(
         if now != epoch:
             chance = rng.generator(seed, Stream.SHUFFLE, now)
             epoch, order = now, epoch_order(dataset, data.sampling, data.repeat_threshold, chance)
-            turn = epoch + (turns(order) << 32)
+            turn = epoch + (turns(order, data.sampling) << 32)
         here = slice(place * batch, (place + 1) * batch)
         whole = list(zip(turn[here].tolist(), order[here].tolist(), strict=True))
         chosen = [whole[place] for place in places]

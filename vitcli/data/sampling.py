@@ -45,8 +45,10 @@ def repeat_factors(labels: np.ndarray, threshold: float) -> np.ndarray:
     return np.maximum(1.0, np.sqrt(threshold / np.maximum(share, 1e-12)))
 
 
-def turns(order: np.ndarray) -> np.ndarray:
+def turns(order: np.ndarray, sampling: Sampling) -> np.ndarray:
     """How often each image of an order came before in it."""
+    if sampling == "uniform":
+        return np.zeros(len(order), dtype=np.int64)
     by_image = np.argsort(order, kind="stable")
     first = np.r_[True, np.diff(order[by_image]) != 0]
     place = np.arange(len(order))

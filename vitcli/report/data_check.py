@@ -29,6 +29,9 @@ def lines(check: Check) -> Iterator[str]:
         yield f"sizes\t{', '.join(f'{name} {width}x{height}' for name, (width, height) in check.sizes.items())}"
     for note in check.notes:
         yield f"note\t{printable(note)}"
+    if check.damaged:
+        yield f"damaged shards\t{len(check.damaged):,}"
+        yield from (f"\t{printable(line)}" for line in check.damaged[:SHOWN])
     findings = {
         "unreadable": check.unreadable,
         "odd": check.odd,

@@ -53,6 +53,10 @@ class Dataset(ABC):
     def path(self, index: int) -> str:
         """What to call the image in a message: its file, or the source and index."""
 
+    def damage(self) -> list[str]:
+        """What is wrong with the files that hold the images, each read whole."""
+        return []
+
     def order(self, rng: np.random.Generator, chosen: np.ndarray) -> np.ndarray:
         """The `chosen` images in random order: any, unless those that are near one another are cheaper to read."""
         return rng.permutation(chosen)

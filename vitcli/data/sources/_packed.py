@@ -13,6 +13,7 @@ from vitcli.data.index import Index
 from vitcli.data.sources import Dataset
 from vitcli.data.sources._remote import Cache, Shard
 from vitcli.errors import UserError
+from vitcli.waiting import bar
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -22,7 +23,8 @@ class Packed(Dataset):
     """The images of `shards`. `index` says in which each is, where, under which name and label.
 
     `names` are the classes' by the numbers that `index` uses for them. Shards elsewhere are fetched through `cache`;
-    an order mixes `window` of them at a time, or all.
+    an order mixes `window` of them at a time, or all. `lost` are lines on damaged shards, `ignored` on members of
+    other kinds.
     """
 
     def __init__(
@@ -33,10 +35,12 @@ class Packed(Dataset):
         numbers: np.ndarray,
         window: int | None,
         cache: Cache | None,
-        notes: Sequence[str],
+        lost: Sequence[str],
+        ignored: Sequence[str],
     ):
         self.shards, self.index, self.classes, self.numbers = shards, index, tuple(classes), numbers
-        self.window, self.cache, self.notes = window, cache, tuple(notes)
+        self.window, self.cache, self.lost = window, cache, tuple(lost)
+        self.notes = (*(f"warning: {line}" for line in lost), *ignored)
         self.labels = numbers[index["codes"]]
         digest = hashlib.sha256(index["names"].data)
         digest.update(index["name_ends"].data)
@@ -72,6 +76,18 @@ class Packed(Dataset):
     def path(self, index: int) -> str:
         """The shard and the name in it."""
         return f"{self.shards[int(self.index['shards'][index])].name}/{self.index.names(index)}"
+
+    def damage(self) -> list[str]:
+        """Of shards whose headers, or whose SHA-256 in their list, say so."""
+        found = list(self.lost)
+        with bar("verifying shards", len(self.shards)) as advance:
+            for number, (shard, digest) in enumerate(zip(self.shards, self.index.facts["digests"], strict=True)):
+                if digest and not any(line.startswith(shard.name) for line in self.lost):
+                    with os.fdopen(self._open(number), "rb") as file:
+                        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                            found.append(f"{shard.name}: its SHA-256 is not the one in its list")
+                advance(1)
+        return found
 
     def order(self, rng: np.random.Generator, chosen: np.ndarray) -> np.ndarray:
         """The shards in random order, and the images of `window` neighbouring ones mixed, which slides over them."""

@@ -37,6 +37,10 @@ class Subset(Dataset):
         """What the whole set calls it."""
         return self.whole.path(int(self.chosen[index]))
 
+    def damage(self) -> list[str]:
+        """Of the whole set's files."""
+        return self.whole.damage()
+
     def order(self, rng: np.random.Generator, chosen: np.ndarray) -> np.ndarray:
         """As the whole set has it."""
         return np.searchsorted(self.chosen, self.whole.order(rng, self.chosen[chosen]))

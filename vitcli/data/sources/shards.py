@@ -71,7 +71,7 @@ class Shards(Source):
         if not shards:
             raise DataError(f"{self.path!r} has no shards {pattern!r}", "name them: --set data.source.train='*.tar'")
         index = self._index(shards)
-        notes = self._judge(shards, index)
+        lost = self._lost(shards, index)
         if not len(index["codes"]):
             raise DataError(f"the shards {pattern!r} of {self.path!r} hold no images with labels", _CLASS_TARS)
         classes = classes or self._classes(index)
@@ -85,7 +85,7 @@ class Shards(Source):
                     f"--set data.source.cache_gb={2 * largest / 1e9 + 0.1:.1f}, or more",
                 )
             cache, window = Cache(limit), window or limit // (2 * largest)
-        return Packed(shards, index, classes.names, numbers, window, cache, notes)
+        return Packed(shards, index, classes.names, numbers, window, cache, lost, self._ignored(index))
 
     def _find(self, pattern: str) -> list[Shard]:
         """The shards of a pattern, sorted by name."""
@@ -125,7 +125,7 @@ class Shards(Source):
                     columns["offsets"].extend(samples.offsets)
                     columns["sizes"].extend(samples.sizes)
                     columns["codes"].extend([codes.setdefault(label, len(codes)) for label in samples.labels])
-                    damage.extend([number, found.offset, found.reason] for found in samples.damage)
+                    damage.append(list(samples.damage[0][:2]) if samples.damage else None)
                     lost.append(samples.lost)
                     digests.append(digest)
                     ignored.update(samples.ignored)
@@ -175,23 +175,24 @@ class Shards(Source):
                     found[name] = content.read()
         return found
 
-    def _judge(self, shards: list[Shard], index: Index) -> list[str]:
-        """What a person should know of damaged shards and passed-over members. Raises DataError for damage."""
-        notes = []
-        for number, count in enumerate(index.facts["lost"]):
-            found = [(offset, reason) for at, offset, reason in index.facts["damage"] if at == number]
-            if not found and not count:
+    def _lost(self, shards: list[Shard], index: Index) -> list[str]:
+        """A line on each damaged shard. Raises DataError for the first unless they may be `broken`."""
+        lines = []
+        for shard, damage, count in zip(shards, index.facts["damage"], index.facts["lost"], strict=True):
+            if damage is None and count == 0:
                 continue
-            offset, reason = found[0] if found else (0, "samples are not whole")
+            offset, reason = damage or (0, "its list names samples that are not in it")
             many = "an unknown number of" if count is None else f"{count}"
-            told = f"{shards[number].name}: damaged at byte {offset}: {reason}; {many} samples lost"
+            lines.append(f"{shard.name}: damaged at byte {offset}: {reason}; {many} samples lost")
             if self.broken == "error":
-                raise DataError(told, "fetch it again, or train on the rest: --set data.source.broken=skip")
-            notes.append(f"warning: {told}")
-        if ignored := index.facts["ignored"]:
-            kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(ignored.items()))
-            notes.append(f"members of {self.path} that are passed over: {kinds}")
-        return notes
+                raise DataError(lines[0], "fetch it again, or train on the rest: --set data.source.broken=skip")
+        return lines
+
+    def _ignored(self, index: Index) -> list[str]:
+        if not index.facts["ignored"]:
+            return []
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(index.facts["ignored"].items()))
+        return [f"members of {self.path} that are passed over: {kinds}"]
 
     def _classes(self, index: Index) -> Classes:
         """The class names: of the file, else of `vit data pack`, else the labels themselves."""
