@@ -41,13 +41,15 @@ def find(root: str, names: Iterable[str] | str) -> list[Shard]:
             ]
 
 
-def texts(root: str, names: Iterable[str]) -> dict[str, bytes]:
-    """The content of those of these small files that are there, by name."""
-    files, base = connect(root)
-    paths = {f"{base}/{name}": name for name in names}
-    with _told(root):
-        found: Any = files.cat(list(paths), on_error="omit")
-    return {paths[path]: content for path, content in found.items()}
+def texts(urls: Iterable[str]) -> dict[str, bytes]:
+    """The content of those of these small files that are there, by URL."""
+    places = [(*connect(url), url) for url in urls]
+    if not places:
+        return {}
+    files, url = places[0][0], places[0][2]
+    with _told(url):
+        found: Any = files.cat([path for _, path, _ in places], on_error="omit")
+    return {url: found[path] for _, path, url in places if path in found}
 
 
 def connect(url: str) -> tuple[Any, str]:

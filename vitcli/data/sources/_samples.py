@@ -23,6 +23,7 @@ class Samples:
     """The whole samples of a shard: names, places and labels, and what is wrong with the rest of it.
 
     `lost` samples are not whole; None where the damage hides how many. `ignored` counts members of other kinds.
+    `digest` is the SHA-256 of the shard, where its list tells it.
     """
 
     names: list[str] = field(default_factory=list)
@@ -32,6 +33,7 @@ class Samples:
     damage: list[Damage] = field(default_factory=list)
     lost: int | None = 0
     ignored: Counter[str] = field(default_factory=Counter)
+    digest: str | None = None
 
     def add(self, name: str, offset: int, size: int, label: str) -> None:
         """Another sample."""
@@ -90,7 +92,7 @@ def listed(content: bytes, size: int) -> Samples | None:
                 found.add(name, int(offset), int(length), str(label))
         if told["size"] != size:
             found.damage.append(Damage(min(size, told["size"]), f"{size} bytes, where its list says {told['size']}"))
-        found.lost = len(told["samples"]) - len(found.names)
+        found.lost, found.digest = len(told["samples"]) - len(found.names), str(told["sha256"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return found

@@ -32,7 +32,8 @@ class Shards(Source):
     """Tars of images with their labels. They are read in place, and nothing of them is extracted or run.
 
     Numbers as labels are places in the list of class names, other labels are class names. An index of each shard is
-    made once, from its headers, and kept in the cache; what `vit data pack` wrote brings one.
+    made from its headers and kept in the cache, for which those of a URL are all fetched once; what `vit data pack`
+    wrote brings one.
     """
 
     name: Literal["shards"] = "shards"
@@ -120,14 +121,14 @@ class Shards(Source):
 
         def names() -> Iterator[str]:
             with bar("indexing shards", len(shards)) as advance:
-                for number, (samples, digest) in enumerate(self._samples(shards)):
+                for number, samples in enumerate(self._samples(shards)):
                     columns["shards"].extend([number] * len(samples.names))
                     columns["offsets"].extend(samples.offsets)
                     columns["sizes"].extend(samples.sizes)
                     columns["codes"].extend([codes.setdefault(label, len(codes)) for label in samples.labels])
                     damage.append(list(samples.damage[0][:2]) if samples.damage else None)
                     lost.append(samples.lost)
-                    digests.append(digest)
+                    digests.append(samples.digest)
                     ignored.update(samples.ignored)
                     yield from samples.names
                     advance(1)
@@ -143,16 +144,16 @@ class Shards(Source):
         }
         return Index(arrays, facts)
 
-    def _samples(self, shards: list[Shard]) -> Iterator[tuple[Samples, str | None]]:
-        """The samples of each shard and its SHA-256, as its list says; without a list, as a look through it says."""
+    def _samples(self, shards: list[Shard]) -> Iterator[Samples]:
+        """The samples of each shard, as its list says; without a list, as a look through it says."""
         cache = Cache(int(self.cache_gb * 1e9))
         for first in range(0, len(shards), FILES):
             part = shards[first : first + FILES]
-            lists = {} if self.class_tars else self._texts([_list_name(shard) for shard in part])
+            lists = {} if self.class_tars else self._texts([_list_of(shard) for shard in part])
             for shard in part:
-                told = lists.get(_list_name(shard))
-                if told and (samples := listed(told, shard.size)):
-                    yield samples, json.loads(told).get("sha256")
+                samples = listed(lists.get(_list_of(shard), b""), shard.size)
+                if samples:
+                    yield samples
                     continue
                 try:
                     file = cache.open(shard) if self.remote else os.open(shard.name, os.O_RDONLY)
@@ -160,19 +161,18 @@ class Shards(Source):
                     raise DataError(f"{shard.name!r} cannot be read: {error.strerror}") from None
                 try:
                     class_name = os.path.basename(shard.name).removesuffix(".tar") if self.class_tars else None
-                    yield scan(file, shard.size, self.json_label, class_name), None
+                    yield scan(file, shard.size, self.json_label, class_name)
                 finally:
                     os.close(file)
 
-    def _texts(self, names: list[str]) -> dict[str, bytes]:
+    def _texts(self, places: list[str]) -> dict[str, bytes]:
+        """The content of those of these small files that are there."""
         if self.remote:
-            return texts(self.path, names)
+            return texts(places)
         found = {}
-        for name in names:
-            file = os.path.join(os.path.expanduser(self.path), name)
-            if os.path.isfile(file):
-                with open(file, "rb") as content:
-                    found[name] = content.read()
+        for place in filter(os.path.isfile, places):
+            with open(place, "rb") as file:
+                found[place] = file.read()
         return found
 
     def _lost(self, shards: list[Shard], index: Index) -> list[str]:
@@ -205,8 +205,9 @@ class Shards(Source):
             except (OSError, UnicodeError) as error:
                 reason = getattr(error, "strerror", None) or str(error)
                 raise DataError(f"the class names {self.classes!r} cannot be read: {reason}") from None
-        if content := self._texts([CONTENTS]).get(CONTENTS):
-            return Classes(_class_names(content, self.path), numbered=True)
+        contents = f"{os.path.expanduser(self.path)}/{CONTENTS}"
+        if content := self._texts([contents]).get(contents):
+            return Classes(_class_names(content, contents), numbered=True)
         labels = index.facts["labels"]
         if not labels or not all(map(_is_number, labels)):
             return Classes(tuple(sorted(labels)), numbered=False)
@@ -258,19 +259,19 @@ def _spelt(pattern: str) -> Iterator[str]:
         yield from _spelt(pattern[: found.start()] + choice + pattern[found.end() :])
 
 
-def _list_name(shard: Shard) -> str:
-    return os.path.basename(shard.name).removesuffix(".tar") + ".json"
+def _list_of(shard: Shard) -> str:
+    return shard.name.removesuffix(".tar") + ".json"
 
 
 def _is_number(label: str) -> bool:
     return label.isascii() and label.isdecimal() and len(label) < 10
 
 
-def _class_names(content: bytes, path: str) -> tuple[str, ...]:
+def _class_names(content: bytes, place: str) -> tuple[str, ...]:
     try:
         names = json.loads(content)["classes"]
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
             return tuple(names)
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
-    raise DataError(f"{path}/{CONTENTS} is damaged: it names no classes", "pack the shards again")
+    raise DataError(f"{place} is damaged: it names no classes", "pack the shards again")
