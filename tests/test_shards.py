@@ -616,3 +616,22 @@ def test_two_processes_share_the_cache(tmp_path, cache):
     read = list(each(dataset.image, order, jobs=2))
     assert sorted(image.getpixel((0, 0))[0] for image in read) == sorted(order)
     assert len(list((cache / "shards").glob("*.tar"))) <= 3
+
+
+@pytest.mark.slow
+def test_the_21843_class_tars_of_imagenet_21k(tmp_path, vit):
+    content = png(7)
+    for number in range(21_843):
+        wnid = f"n{number:08}"
+        write(tmp_path / f"in/{wnid}.tar", (f"{wnid}_0.JPEG", content), (f"{wnid}_1.JPEG", content))
+    said = vit("data", "pack", tmp_path / "in", tmp_path / "out", "--json")
+    assert said.code == 0, said.err
+    assert (said.json["images"], said.json["classes"], said.json["shards"]) == (43_686, 21_843, 44)
+    dataset = opened(tmp_path / "out")
+    assert dataset.classes == tuple(f"n{number:08}" for number in range(21_843))
+    assert np.bincount(dataset.labels).tolist() == [2] * 21_843
+    picture = tmp_path / "classes.png"
+    said = vit("data", "check", tmp_path / "out", "--json", "--histogram", picture)
+    assert said.code == 3  # all are the same image
+    assert said.json["counts"]["conflicts"] == 1
+    assert picture.stat().st_size > 1000

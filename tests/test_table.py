@@ -276,3 +276,12 @@ def test_commands_take_tables(hub, images, vit, monkeypatch):
     scores = [vit("eval", "--ckpt", "run", "--data", place, "--json").json for place in (table, swapped)]
     assert scores[0]["top1"] == scores[1]["top1"]
     assert os.path.exists("run/last")
+
+
+@pytest.mark.parametrize("source", ["{name: table, train: x.csv, val: 2}", "{name: shards, path: x, val: 0.0}"])
+def test_a_share_is_between_0_and_1(vit, source):
+    said = vit("pretrain", "quickstart", *sets(f"data.source={source}"))
+    assert said.code == 2
+    assert "data.source.val: " in said.err
+    assert "is no share: between 0 and 1" in said.err
+    assert said.err.count("\n") == 1

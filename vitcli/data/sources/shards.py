@@ -9,10 +9,10 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from vitcli.data.index import LARGE, Index, block, kept
 from vitcli.data.sources import Dataset, Source, Split
@@ -21,6 +21,7 @@ from vitcli.data.sources._remote import Cache, Shard, find, texts
 from vitcli.data.sources._samples import Samples, listed, scan
 from vitcli.data.sources._split import share
 from vitcli.errors import DataError
+from vitcli.schema import wrong
 from vitcli.waiting import bar
 
 CONTENTS = "index.json"  # what `vit data pack` says of all shards; the list of each is beside it, as NAME.json
@@ -39,13 +40,19 @@ class Shards(Source):
     name: Literal["shards"] = "shards"
     path: str = Field(description="the folder, or its URL: s3://, gs://, https:// and others of fsspec")
     train: str = Field("train-*.tar", description="names of the shards to train on: with * or {000..127}")
-    val: str | Annotated[float, Field(gt=0, lt=1)] = Field("val-*.tar", description="of those held out, or the share")
+    val: str | float = Field("val-*.tar", description="of those held out, or the share")
     classes: str | None = Field(None, description="file of class names, a line each, for labels that are numbers")
     json_label: str = Field("label", description="the label's key in key.json, where there is no key.cls")
     class_tars: bool = Field(False, description="each tar is a class of its name, as ImageNet-21k is published")
     broken: Literal["error", "skip"] = Field("error", description="damaged shards: refuse them, or take what is whole")
     window: PositiveInt | None = Field(None, description="shards mixed at a time; null: all, or as the cache allows")
     cache_gb: float = Field(50.0, gt=0, description="what may be kept of shards from a URL")
+
+    @model_validator(mode="after")
+    def _check(self) -> Shards:
+        if isinstance(self.val, float) and not 0 < self.val < 1:
+            raise wrong("val", f"{self.val:g} is no share: between 0 and 1")
+        return self
 
     def open(self, split: Split) -> Dataset:
         """The images of a split. Labels follow the training classes, which val classes meet by name."""

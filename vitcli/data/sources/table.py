@@ -7,15 +7,16 @@ import os
 from array import array
 from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vitcli.data.index import LARGE, Index, block, kept
 from vitcli.data.sources import Dataset, Source, Split, _csv, _parquet
 from vitcli.data.sources._split import share
 from vitcli.errors import DataError
+from vitcli.schema import wrong
 
 
 class Table(Source):
@@ -27,10 +28,16 @@ class Table(Source):
 
     name: Literal["table"] = "table"
     train: str = Field(description="a .csv or .parquet, or several: data/train-*.parquet")
-    val: str | Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="the same, or the share held out")
+    val: str | float | None = Field(None, description="the same, or the share held out")
     root: str | None = Field(None, description="the folder that paths start from; null: the table's")
     image: str = Field("image", description="the column of paths or bytes")
     label: str = Field("label", description="the column of labels")
+
+    @model_validator(mode="after")
+    def _check(self) -> Table:
+        if isinstance(self.val, float) and not 0 < self.val < 1:
+            raise wrong("val", f"{self.val:g} is no share: between 0 and 1")
+        return self
 
     def open(self, split: Split) -> Dataset:
         """The images of a split. Labels follow the training classes, which val classes meet by name."""
