@@ -102,6 +102,13 @@ def test_odd_class_names_can_be_drawn(tmp_path, vit):
     assert (tmp_path / "h.png").stat().st_size > 1000
 
 
+def test_nothing_readable_is_told(tmp_path, vit):
+    (tmp_path / "in/a").mkdir(parents=True)
+    (tmp_path / "in/a/0.jpg").write_bytes(b"broken")
+    said = vit("data", "check", tmp_path / "in", "--jobs", "1", "--json")
+    assert (said.code, said.json["counts"]["unreadable"]) == (3, 1)
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 2000])
 def test_near_pairs_are_those_of_comparing_all(count):
     rng = np.random.default_rng(count)

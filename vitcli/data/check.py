@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -69,53 +69,60 @@ class Check:
         return not (self.damaged or self.unreadable or self.conflicts or same)
 
 
-class Task(NamedTuple):
-    """Images of a split to look at, which have the numbers from `first` on among all."""
+class Seen:
+    """What was seen of the `count` images from number `first` on: an entry for each, zero if unreadable."""
 
-    split: Split
-    images: range
-    first: int
+    def __init__(self, first: int, count: int):
+        self.first, self.count = first, count
+        self.readable = np.zeros(count, dtype=bool)
+        self.digests = np.zeros((count, 2), dtype=np.uint64)  # the first half of SHA-256
+        self.hashes, self.hashed = np.zeros(count, dtype=np.uint64), np.zeros(count, dtype=bool)
+        self.sizes = np.zeros((count, 2), dtype=np.int32)  # width, height
+        self.modes: Counter[str] = Counter()
+        self.formats: Counter[str] = Counter()
+        self.unreadable: list[tuple[int, str]] = []
+        self.odd: list[tuple[int, str]] = []
 
-
-class Seen(NamedTuple):
-    """What a process saw of a task's images: arrays with an entry for each, zeros for those unreadable."""
-
-    first: int
-    readable: np.ndarray
-    digests: np.ndarray  # (n, 2) uint64: the first half of SHA-256
-    hashes: np.ndarray
-    hashed: np.ndarray
-    sizes: np.ndarray  # (n, 2): width, height
-    kinds: Counter[tuple[str, str]]  # mode, format
-    unreadable: list[str]
-    odd: list[str]
+    def take(self, part: Seen) -> None:
+        """What was seen of some of the images."""
+        here = slice(part.first - self.first, part.first - self.first + part.count)
+        self.readable[here], self.digests[here], self.sizes[here] = part.readable, part.digests, part.sizes
+        self.hashes[here], self.hashed[here] = part.hashes, part.hashed
+        self.modes += part.modes
+        self.formats += part.formats
+        self.unreadable += part.unreadable
+        self.odd += part.odd
 
 
 def check(source: Source, *, jobs: int) -> Check:
     """Look at every image of every split. Raises DataError where the source cannot be opened."""
     begin = time.monotonic()
     datasets: dict[Split, Dataset] = {split: source.open(split) for split in source.splits()}
-    starts = dict(zip(datasets, np.cumsum([0, *map(len, datasets.values())]).tolist(), strict=False))
-    total = sum(map(len, datasets.values()))
-    tasks = [
-        Task(split, range(i, min(i + AT_A_TIME, len(dataset))), starts[split] + i)
-        for split, dataset in datasets.items()
-        for i in range(0, len(dataset), AT_A_TIME)
+    labels = np.concatenate([dataset.labels for dataset in datasets.values()])
+    seen = Seen(0, len(labels))
+    tasks = [range(first, min(first + AT_A_TIME, len(labels))) for first in range(0, len(labels), AT_A_TIME)]
+    with bar("checking images", len(labels)) as advance:
+        for part in each(partial(_look, datasets), tasks, jobs):
+            seen.take(part)
+            advance(part.count)
+
+    same, one = _same(seen)
+    pairs = _near(seen, one)
+    alike = []
+    with bar("comparing images", len(pairs)) as advance:
+        for pair in each(partial(_look_alike, datasets), pairs, jobs):
+            alike += [pair] if pair else []
+            advance(1)
+    near = duplicates.groups(alike)
+    train = len(datasets["train"]) if "train" in datasets else 0
+    leaks = [
+        (held, group[0], kind)
+        for kind, found in (("same bytes", same), ("near", near))
+        for group in found
+        for held in group
+        if group[0] < train <= held
     ]
-    readable, hashed = np.zeros(total, dtype=bool), np.zeros(total, dtype=bool)
-    digests, hashes = np.zeros((total, 2), dtype=np.uint64), np.zeros(total, dtype=np.uint64)
-    sizes = np.zeros((total, 2), dtype=np.int32)
-    kinds: Counter[tuple[str, str]] = Counter()
-    unreadable: dict[int, list[str]] = {}
-    odd: dict[int, list[str]] = {}
-    with bar("checking images", total) as advance:
-        for seen in each(partial(_look, datasets), tasks, jobs):
-            here = slice(seen.first, seen.first + len(seen.readable))
-            readable[here], hashed[here], digests[here] = seen.readable, seen.hashed, seen.digests
-            hashes[here], sizes[here] = seen.hashes, seen.sizes
-            kinds += seen.kinds
-            unreadable[seen.first], odd[seen.first] = seen.unreadable, seen.odd
-            advance(len(seen.readable))
+    conflicts = [group for group in same if len(set(labels[group].tolist())) > 1]
 
     def path(number: int) -> str:
         dataset, index = _at(datasets, number)
@@ -124,66 +131,39 @@ def check(source: Source, *, jobs: int) -> Check:
     def paths(groups: list[list[int]]) -> list[list[str]]:
         return [[path(number) for number in group] for group in groups[:LISTED]]
 
+    counts = {"unreadable": seen.unreadable, "odd": seen.odd, "duplicates": same, "near_duplicates": near}
     damaged = [line for dataset in datasets.values() for line in dataset.damage()]
-    labels = np.concatenate([dataset.labels for dataset in datasets.values()])
-    same, one = _same(digests, readable)
-    pairs = _near(hashes, hashed & one)
-    with bar("comparing images", len(pairs)) as advance:
-        alike = []
-        for pair in each(partial(_look_alike, datasets), pairs, jobs):
-            alike += [pair] if pair else []
-            advance(1)
-    near = duplicates.groups(alike)
-    train = len(datasets["train"]) if "train" in datasets else 0
-    leaks = [(group, "same bytes") for group in same] + [(group, "near") for group in near]
-    leaked = [(held, group[0], kind) for group, kind in leaks for held in group if group[0] < train <= held]
-    conflicts = [group for group in same if len(set(labels[group].tolist())) > 1]
-    lines = {
-        name: [line for first in sorted(told) for line in told[first]]
-        for name, told in (("unreadable", unreadable), ("odd", odd))
-    }
-    found = {**lines, "duplicates": same, "near_duplicates": near, "leaks": leaked, "conflicts": conflicts}
     seconds = time.monotonic() - begin
     return Check(
         images={split: len(dataset) for split, dataset in datasets.items()},
         classes={split: _counts(dataset) for split, dataset in datasets.items()},
         damaged=damaged,
-        unreadable=lines["unreadable"][:LISTED],
-        odd=lines["odd"][:LISTED],
-        modes=_sums(kinds, 0),
-        formats=_sums(kinds, 1),
-        sizes=_spread(sizes[readable]),
+        unreadable=[line for _, line in sorted(seen.unreadable)[:LISTED]],
+        odd=[line for _, line in sorted(seen.odd)[:LISTED]],
+        modes=dict(seen.modes.most_common()),
+        formats=dict(seen.formats.most_common()),
+        sizes=_spread(seen.sizes[seen.readable]),
         duplicates=paths(same),
         near_duplicates=paths(near),
-        leaks=[(path(held), path(trained), kind) for held, trained, kind in leaked[:LISTED]],
+        leaks=[(path(held), path(trained), kind) for held, trained, kind in leaks[:LISTED]],
         conflicts=paths(conflicts),
-        counts={name: len(values) for name, values in found.items()},
+        counts={name: len(found) for name, found in (counts | {"leaks": leaks, "conflicts": conflicts}).items()},
         notes=[note for dataset in datasets.values() for note in dataset.notes],
         seconds=round(seconds, 2),
-        images_per_second=round(total / seconds, 1),
+        images_per_second=round(len(labels) / seconds, 1),
     )
 
 
-def _look(datasets: dict[Split, Dataset], task: Task) -> Seen:
-    dataset, count = datasets[task.split], len(task.images)
-    seen = Seen(
-        first=task.first,
-        readable=np.zeros(count, dtype=bool),
-        digests=np.zeros((count, 2), dtype=np.uint64),
-        hashes=np.zeros(count, dtype=np.uint64),
-        hashed=np.zeros(count, dtype=bool),
-        sizes=np.zeros((count, 2), dtype=np.int32),
-        kinds=Counter(),
-        unreadable=[],
-        odd=[],
-    )
-    for place, index in enumerate(task.images):
+def _look(datasets: dict[Split, Dataset], numbers: range) -> Seen:
+    seen = Seen(numbers[0], len(numbers))
+    for place, number in enumerate(numbers):
+        dataset, index = _at(datasets, number)
         name = dataset.path(index)
         try:
             content = dataset.read(index)
             image = dataset.image(index) if content is None else decode(content, name)
         except BadImage as error:
-            seen.unreadable.append(str(error))
+            seen.unreadable.append((number, str(error)))
             continue
         mode, kind = (image.mode, "pixels") if content is None else _header(content)
         digest = hashlib.sha256(image.tobytes() if content is None else content).digest()[:16]
@@ -191,8 +171,9 @@ def _look(datasets: dict[Split, Dataset], task: Task) -> Seen:
         seen.readable[place], seen.hashed[place] = True, hashed is not None
         seen.digests[place], seen.sizes[place] = np.frombuffer(digest, dtype=np.uint64), image.size
         seen.hashes[place] = hashed or 0
-        seen.kinds[mode, kind] += 1
-        seen.odd.extend(f"{name}: {reason}" for reason in _odd(name, mode, kind, image.size))
+        seen.modes[mode] += 1
+        seen.formats[kind] += 1
+        seen.odd += [(number, f"{name}: {reason}") for reason in _odd(name, mode, kind, image.size)]
     return seen
 
 
@@ -216,20 +197,20 @@ def _odd(name: str, mode: str, kind: str, size: tuple[int, int]) -> list[str]:
     return reasons
 
 
-def _same(digests: np.ndarray, readable: np.ndarray) -> tuple[list[list[int]], np.ndarray]:
+def _same(seen: Seen) -> tuple[list[list[int]], np.ndarray]:
     """Groups of images with the same bytes; and which images are the first of theirs."""
-    numbers = np.flatnonzero(readable)
+    numbers, digests = np.flatnonzero(seen.readable), seen.digests
     order = numbers[np.lexsort((numbers, digests[numbers, 1], digests[numbers, 0]))]
-    new = np.r_[True, (digests[order[1:]] != digests[order[:-1]]).any(1)] if len(order) else np.empty(0, dtype=bool)
-    one = np.zeros(len(readable), dtype=bool)
+    new = np.r_[True, (digests[order[1:]] != digests[order[:-1]]).any(1)][: len(order)]
+    one = np.zeros(seen.count, dtype=bool)
     one[order[new]] = True
-    parts = np.split(order, np.flatnonzero(new)[1:]) if len(order) else []
+    parts = np.split(order, np.flatnonzero(new)[1:])
     return sorted(part.tolist() for part in parts if len(part) > 1), one
 
 
-def _near(hashes: np.ndarray, chosen: np.ndarray) -> list[tuple[int, int]]:
-    """Pairs of the chosen images, none of the same bytes, whose hashes are near."""
-    numbers = np.flatnonzero(chosen)
+def _near(seen: Seen, one: np.ndarray) -> list[tuple[int, int]]:
+    """Pairs of images, none of the same bytes, whose hashes are near."""
+    numbers, hashes = np.flatnonzero(seen.hashed & one), seen.hashes
     order = numbers[np.argsort(hashes[numbers], kind="stable")]
     values, first = np.unique(hashes[order], return_index=True)
     equal = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
@@ -254,13 +235,6 @@ def _at(datasets: dict[Split, Dataset], number: int) -> tuple[Dataset, int]:
 def _counts(dataset: Dataset) -> dict[str, int]:
     counts = np.bincount(dataset.labels, minlength=len(dataset.classes)).tolist()
     return dict(zip(dataset.classes, counts, strict=True))
-
-
-def _sums(kinds: Counter[tuple[str, str]], part: int) -> dict[str, int]:
-    sums: Counter[str] = Counter()
-    for kind, count in kinds.items():
-        sums[kind[part]] += count
-    return dict(sums.most_common())
 
 
 def _spread(sizes: np.ndarray) -> dict[str, Any]:
