@@ -69,17 +69,19 @@ def test_turns_count_the_times_before():
 
 
 def test_a_repeated_image_is_augmented_anew_and_a_run_can_start_anywhere(dataset):
-    augment = {"crop": "random_crop", "pad": 30, "flip": False}
-    data = DataConfig.parse(
-        {"source": "digits", "res": 40, "augment": augment | {"resize": 40}, "sampling": "balanced", "workers": 0}
-    )
+    augment = {"crop": "random_crop", "pad": 30, "flip": False, "resize": 40, "randaugment": {"n": 1, "m": 5}}
 
-    def batches(start):
-        return list(train_batches(data, dataset, batch=100, seed=3, start=start, steps=12))
+    def batches(start, keep=False):
+        data = {"source": "digits", "res": 40, "augment": augment, "sampling": "balanced", "workers": 0, "keep": keep}
+        return list(train_batches(DataConfig.parse(data), dataset, batch=100, seed=3, start=start, steps=12))
 
     whole = batches(0)
-    for expected, found in zip(whole[7:], batches(7), strict=True):
-        assert torch.equal(expected["images"], found["images"])
+    for start, keep in ((7, False), (0, True), (3, True)):
+        for expected, found in zip(whole[start:], batches(start, keep), strict=True):
+            assert torch.equal(expected["images"], found["images"])
+            assert torch.equal(expected["labels"], found["labels"])
+    augment.pop("randaugment")
+    whole = batches(0)
     only = int(np.flatnonzero(dataset.labels == 4)[0])
     images = torch.cat([part["images"][part["labels"] == 4] for part in whole[:10]])
     assert len(images) == 200

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +16,15 @@ import numpy as np
 from vitcli import checkpoint, optim, rng
 from vitcli import runtime as runtimes
 from vitcli.checkpoint import Position, Trained
-from vitcli.data.loader import epoch_steps, fingerprint, train_batches
+from vitcli.data.loader import Kept, epoch_steps, eval_batches, fingerprint, is_small, train_batches
 from vitcli.data.mix import mix_share, one_hot, places
 from vitcli.data.preprocess import normalise
 from vitcli.data.sampling import told
 from vitcli.engine import Engine, exact_size
 from vitcli.errors import CheckpointError, DataError
-from vitcli.inference import TorchPredictor, score
+from vitcli.inference import TorchPredictor, score, share_of
 from vitcli.meter import Meter
+from vitcli.optim import Number
 from vitcli.processes import Processes, plain, whole
 from vitcli.report.plots import draw_results
 from vitcli.report.progress import Progress
@@ -116,6 +118,18 @@ def fit(
     _compare(environment, earlier, progress)
     run.write("env.json", json.dumps(environment, indent=1))
     predictor = TorchPredictor(module.model, classes, recipe.data.preprocessing, runtime, origin=str(run.path))
+    held_out = Kept(
+        partial(
+            eval_batches,
+            recipe.data.preprocessing,
+            val_set,
+            batch=len(share),
+            workers=recipe.data.workers,
+            share=share_of(len(val_set), processes)[0],
+        ),
+        small=runtime.device.type == "cuda" and is_small(len(val_set), recipe.data.res),
+        device=runtime.device,
+    )
 
     def evaluate() -> None:
         """Score the weights (the average, if there is one) and keep them if they are the best."""
@@ -124,9 +138,9 @@ def fit(
                 predictor,
                 val_set,
                 batch=len(share),
-                workers=recipe.data.workers,
                 on_batch=stop.check if processes.count == 1 else None,
                 processes=processes,
+                batches=held_out(),
             )
             if position.best_score is None or scores.top1 > position.best_score:
                 position.best_score, position.best_step = scores.top1, position.step
@@ -165,11 +179,36 @@ def fit(
         steps=steps,
         places=places(share, recipe.batch, recipe.data.augment),
         neighbours=processes.neighbours,
+        device=runtime.device,
     )
     at_a_time = min(recipe.runtime.micro_batch or recipe.batch, len(share))
     if recipe.runtime.exact:
         at_a_time = exact_size(recipe.runtime.exact, recipe.batch, processes)
     first_part = processes.rank * -(-len(share) // at_a_time)
+
+    def learn(
+        images: Tensor, targets: Tensor, lr: Number, share_of_new: Number
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """One update of the weights and their average: the objective's scalars, the gradient's norm, is it finite."""
+        means: dict[str, Tensor] = {}
+        for index, part in enumerate(parts := _micro_batches(images, targets, at_a_time)):
+            if index:
+                runtimes.seed(rng.torch_seed(recipe.seed, Stream.MODEL, position.step, first_part + index))
+            weight = len(part["images"]) / len(share)
+            with engine.part(last=index == len(parts) - 1):
+                with runtime.autocast():
+                    losses = engine.forward(part)
+                (losses["loss"] * weight).backward()
+            for name, value in losses.items():
+                means[name] = means.get(name, 0.0) + value.detach() * weight
+        norm = optim.clip(module, recipe.optim.clip)
+        finite = norm.isfinite()
+        optim.update(optimizer, lr, finite)
+        if average:
+            average.update(share_of_new, finite)
+        return means, plain(norm), plain(finite)
+
+    update = runtime.recorded(learn) if at_a_time == recipe.batch else learn
     with (
         Stop() as stop,
         runtimes.memory_errors(at_a_time),
@@ -194,27 +233,15 @@ def fit(
             for bad in batch.pop("bad", ()):
                 position.bad_images += 1
                 progress.note(f"replaced an unreadable image: {bad}")
-            batch = runtime.put(batch)
             images = normalise(batch["images"], recipe.data)
             targets = one_hot(batch["labels"], len(classes))
             chance = rng.generator(recipe.seed, Stream.MIX, step)
             images, targets = mix_share(images, targets, len(share), recipe.data.augment, chance)
 
-            for index, part in enumerate(parts := _micro_batches(images, targets, at_a_time)):
-                runtimes.seed(rng.torch_seed(recipe.seed, Stream.MODEL, step, first_part + index))
-                with engine.part(last=index == len(parts) - 1):
-                    with runtime.autocast():
-                        losses = engine.forward(part)
-                    (losses["loss"] * len(part["images"]) / len(share)).backward()
-                meter.add(losses, len(part["images"]))
-
-            norm = optim.clip(module, recipe.optim.clip)
-            finite = norm.isfinite()
             lr = optim.learning_rate(recipe.optim, step, steps, warmup)
-            optim.update(optimizer, lr, finite)
-            if average:
-                average.update(step, finite)
-            meter.end_step(step, plain(norm), plain(finite))
+            runtimes.seed(rng.torch_seed(recipe.seed, Stream.MODEL, step, first_part))
+            losses, norm, finite = update(images, targets, lr, average.share(step) if average else 0.0)
+            meter.add(step, len(share), losses, norm, finite)
             position.step = step + 1
 
             progress.step(position.step)

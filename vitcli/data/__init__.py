@@ -74,6 +74,7 @@ class Augment(Schema):
     mixup: float = Field(0.0, ge=0, description="alpha of Beta(alpha, alpha); 0: off (arXiv 1710.09412)")
     cutmix: float = Field(0.0, ge=0, description="alpha of Beta(alpha, alpha); 0: off (arXiv 1905.04899)")
     # With both on, each batch takes one of them, half of the time each.
+    mix: Share = Field(1.0, description="share of the batches that mixup and cutmix are for")
 
     @model_validator(mode="after")
     def _check(self) -> Augment:
@@ -100,6 +101,9 @@ class DataConfig(Preprocessing):
     )
     repeat_threshold: float = Field(1e-3, gt=0, lt=1, description="repeat_factor: share below which a class is rare")
     bad_images: Share = Field(0.0, description="share of unreadable training images to replace; above it training ends")
+    keep: bool | None = Field(
+        None, description="training images stay on the device, for random and central crops; null: few, on cuda"
+    )
     workers: int | None = Field(None, ge=0, description="loader processes; null: chosen by the source and the cores")
 
     @model_validator(mode="after")
@@ -109,6 +113,8 @@ class DataConfig(Preprocessing):
             raise wrong("augment.resize", "is smaller than res: nothing is left to crop")
         if self.sampling != "repeat_factor" and self.repeat_threshold != 1e-3:
             raise wrong("repeat_threshold", f"is used by sampling: repeat_factor only, not by {self.sampling}")
+        if self.keep and crop.crop == "inception_crop":
+            raise wrong("keep", "goes with augment.crop: random_crop or central_crop")
         return self
 
     @property
