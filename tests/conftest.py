@@ -27,6 +27,14 @@ def shared() -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of indexes and shards: of each test its own."""
+    place = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("VITCLI_CACHE", str(place))
+    return place
+
+
 @pytest.fixture
 def unchecked():
     """Leaves the shapes unchecked: torch.compile cannot trace the checks."""

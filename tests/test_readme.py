@@ -22,6 +22,9 @@ def vit(capsys, monkeypatch) -> Vit:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tour")
+    for label, image in zip(("china", "flower"), load_sample_images().images, strict=True):
+        (folder / "photos" / label).mkdir(parents=True)
+        Image.fromarray(image).save(folder / "photos" / label / "1.jpg")
     Image.fromarray(load_sample_images().images[0]).save(folder / "img.jpg")
     return folder
 

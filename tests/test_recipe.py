@@ -347,7 +347,10 @@ def test_each_mistake_is_told_at_the_layer_that_made_it(write):
         ("lr=3", "--set lr: unknown key here (it is optim.lr)"),
         ("optim.lrr=3", "--set optim.lrr: unknown key (did you mean lr?)"),
         ("optim.lr=\udcff", "--set optim.lr: the character U+DCFF"),
-        ("data.source.name=digit", "expected digits or folder or torchvision, got 'digit' (did you mean digits?)"),
+        (
+            "data.source.name=digit",
+            "expected digits or folder or shards or table or torchvision, got 'digit' (did you mean digits?)",
+        ),
         ("model.width=", "--set model.width: expected a whole number > 0, got null"),
         ("a" * 100 + ".b=1", "unknown key"),
         (".".join("a" * 30) + "=1", "too long"),
@@ -399,12 +402,12 @@ def test_what_is_missing_is_told_at_its_section(told):
         "2:8: data.source.path: missing",
     ]
     (line,) = told(SMALL.replace("digits", "{path: x}"))
-    assert line == "2:8: data.source.name: missing: digits or folder or torchvision"
+    assert line == "2:8: data.source.name: missing: digits or folder or shards or table or torchvision"
 
 
 def test_a_key_of_another_kind_of_section_is_told_as_such(told):
     assert told(SMALL.replace("digits", "{name: digits, path: x}")) == [
-        "2:31: data.source.path: unknown key here; it is for name: folder"
+        "2:31: data.source.path: unknown key here; it is for name: folder or shards"
     ]
 
 
@@ -637,7 +640,7 @@ def test_the_keys_say_type_default_and_meaning():
     assert keys["optim.lr"].kind == "a number > 0"
     assert keys["optim.lr"].default == 1e-3
     assert keys["optim.lr"].description == "peak learning rate"
-    assert keys["data.source.path"].choice == "folder"
+    assert keys["data.source.dataset"].choice == "torchvision"
     assert keys["model.width"].required
     assert keys["data.res"].kind.startswith("a whole number > 0 or [")
     assert keys["optim.schedule"].kind == "cosine or linear or rsqrt or constant"
@@ -648,7 +651,7 @@ def test_the_json_schema_allows_what_a_recipe_may_say():
     data = described["$defs"]["DataConfig"]["properties"]
     assert {"type": "integer", "exclusiveMinimum": 0} in data["res"]["anyOf"]
     assert {"type": "number"} in data["mean"]["anyOf"]
-    assert {"enum": ["digits", "folder", "torchvision"], "type": "string"} in data["source"]["anyOf"]
+    assert {"enum": ["digits", "folder", "shards", "table", "torchvision"], "type": "string"} in data["source"]["anyOf"]
     assert described["required"] == ["data"]
     assert "required" not in described["$defs"]["ViTConfig"]
     assert "required" not in described["$defs"]["DataConfig"]

@@ -15,6 +15,7 @@ from vitcli.data import imagenet
 from vitcli.data.images import BadImage
 from vitcli.data.loader import fingerprint
 from vitcli.data.sources import AnySource
+from vitcli.data.sources._split import Subset
 from vitcli.data.sources.digits import Digits
 from vitcli.data.sources.folder import Folder
 from vitcli.data.sources.torchvision import SPLITS, Torchvision
@@ -29,7 +30,8 @@ def fill(folder: Path, count: int = 2, name: str = "{}.png", colour: tuple[int, 
 
 
 def names(dataset):
-    return [os.path.relpath(dataset.path(i), dataset.root) for i in range(len(dataset))]
+    root = dataset.whole.root if isinstance(dataset, Subset) else dataset.root
+    return [os.path.relpath(dataset.path(i), root) for i in range(len(dataset))]
 
 
 def test_sources_are_found_by_their_files():

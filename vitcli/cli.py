@@ -16,6 +16,7 @@ from typer import Argument, Option
 
 from vitcli import __version__, console
 from vitcli.console import answer, err, out, print_error
+from vitcli.data_commands import data_commands
 from vitcli.errors import CheckpointError, DataError, RecipeError
 from vitcli.export_command import export
 from vitcli.recipe_commands import recipe_names, recipes
@@ -32,6 +33,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(recipes, name="recipes", rich_help_panel="Look")
+app.add_typer(data_commands, name="data", rich_help_panel="Look")
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Annotated[
@@ -125,7 +127,7 @@ def finetune(
         Path | None, Option(help="Weights to start from: a run folder, .npz, .safetensors or .pth.")
     ] = None,
     data: Annotated[
-        str | None, Option(help="Folder of class folders, or the name of a source.", rich_help_panel=INPUT)
+        str | None, Option(help="Class folders, shards or a table; or digits.", rich_help_panel=INPUT)
     ] = None,
     classes: Annotated[
         int | None, Option(min=1, help="Number of classes, checked against the data.", rich_help_panel=INPUT)
@@ -151,6 +153,7 @@ def finetune(
     vit finetune --ckpt runs/b16_in21k --recipe finetune_cifar10 --set optim.lr=0.01
     """
     from vitcli import recipe as loader
+    from vitcli.data.sources import described
 
     if resume:
         given = {"ckpt": ckpt, "data": data, "classes": classes, "res": res, "set": sets, "run": run}
@@ -165,7 +168,7 @@ def finetune(
     trained = checkpoint.load(ckpt)
     options: list[tuple[str, str, Any]] = []
     if data is not None:
-        options.append(("--data", "data.source", _source(data)))
+        options.append(("--data", "data.source", described(data)))
     if classes is not None:
         options.append(("--classes", "data.classes", classes))
     if res is not None:
@@ -193,7 +196,7 @@ def evaluate(
     ckpt: Checkpoint = None,
     data: Annotated[
         str | None,
-        Option(help="Folder of class folders, or the name of a source. [dim]The run's[/]", rich_help_panel=INPUT),
+        Option(help="Class folders, shards or a table; or digits. [dim]The run's[/]", rich_help_panel=INPUT),
     ] = None,
     batch: Annotated[int, Option(min=1)] = 64,
     device: Device = "auto",
@@ -219,6 +222,8 @@ def evaluate(
     ckpt = ckpt or _newest()
     predictor = open_predictor(ckpt, device=device, provider=provider, precision=precision)
     dataset = _images_to_score(ckpt, data)
+    for note in dataset.notes:
+        err.print(note, highlight=False, markup=False, soft_wrap=True)
     with err.status(f"scoring {len(dataset):,} images"):
         scores = score(predictor, dataset, batch=batch, workers=None, allow_bad=allow_bad)
     answer(
@@ -348,20 +353,13 @@ def _print_plan(recipe: Recipe, json: bool) -> None:
     print(jsons.dumps(asdict(made)) if json else "\n".join(tables.plan_lines(made, recipe)))
 
 
-def _source(data: str) -> dict[str, Any]:
-    """What --data means: a folder, or a source that needs no settings."""
-    return {"name": "digits"} if data == "digits" and not Path(data).exists() else {"name": "folder", "path": data}
-
-
 def _images_to_score(ckpt: Path, data: str | None) -> Dataset:
     """The images of --data, or else those that the run holds out."""
     from vitcli import checkpoint
-    from vitcli.data.sources.digits import Digits
-    from vitcli.data.sources.folder import Folder
+    from vitcli.data.sources import described, parsed
 
     if data is not None:
-        found = _source(data)
-        return Digits().open("val") if found["name"] == "digits" else Folder.parse({"path": data}).open_for_scoring()
+        return parsed(described(data)).open_for_scoring()
     trained = None if ckpt.suffix == ".onnx" else checkpoint.load(ckpt)
     if trained is None or trained.recipe is None:
         raise DataError("no --data given", f"{ckpt} does not say what it was trained on: --data FOLDER")

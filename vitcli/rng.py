@@ -33,11 +33,12 @@ def torch_seed(seed: int, stream: Stream, a: int = 0, b: int = 0) -> int:
 
 
 class Generators:
-    """The generators of many positions (a, b[0]), (a, b[1]), … at once: to each the numbers of its own `generator`."""
+    """The generators of positions (a[0], b[0]), (a[1], b[1]), … at once: to each the numbers of its own `generator`."""
 
-    def __init__(self, seed: int, stream: Stream, a: int, b: np.ndarray):
+    def __init__(self, seed: int, stream: Stream, a: int | np.ndarray, b: np.ndarray):
         self._key = (seed, int(stream))
-        self._a, self._b = np.uint64(a), np.asarray(b, dtype=np.uint64)
+        self._b = np.asarray(b, dtype=np.uint64)
+        self._a = np.broadcast_to(np.asarray(a, dtype=np.uint64), self._b.shape)
         self._block = 0
 
     def __len__(self) -> int:
@@ -52,7 +53,7 @@ class Generators:
         numbers = np.arange(self._block + 1, self._block + 1 + blocks, dtype=np.uint64)  # numpy counts before it draws
         self._block += blocks
         counter = np.zeros((4, len(self._b), blocks), dtype=np.uint64)
-        counter[0], counter[2], counter[3] = numbers, self._a, self._b[:, None]
+        counter[0], counter[2], counter[3] = numbers, self._a[:, None], self._b[:, None]
         bits = np.stack(_philox(counter, self._key), axis=-1).reshape(len(self._b), -1)
         return (bits[:, :columns] >> np.uint64(11)) * 2.0**-53
 

@@ -11,12 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from vitcli import checkpoint, optim, rng
 from vitcli import runtime as runtimes
 from vitcli.checkpoint import Position, Trained
 from vitcli.data.loader import Kept, epoch_steps, eval_batches, fingerprint, is_small, train_batches
 from vitcli.data.mix import mix_share, one_hot, places
 from vitcli.data.preprocess import normalise
+from vitcli.data.sampling import told
 from vitcli.engine import Engine, exact_size
 from vitcli.errors import CheckpointError, DataError
 from vitcli.inference import TorchPredictor, score, share_of
@@ -37,8 +40,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `bad_images` were unreadable and replaced; `skipped` updates had no finite gradient; `signal`
-    stopped it early, or is None. Of several processes only the `first` tells it to a person.
+    """How a run ended. `bad_images` were unreadable and replaced; `skipped` updates had no finite gradient; `balance`
+    says what was done about classes of unequal size; `signal` stopped it early, or is None. Of several processes only
+    the `first` tells it to a person.
     """
 
     run: Path
@@ -48,6 +52,7 @@ class Outcome:
     best_step: int
     bad_images: int
     skipped: int
+    balance: tuple[str, ...]
     seconds: float
     signal: int | None
     first: bool
@@ -98,7 +103,11 @@ def fit(
             progress.note(note)
     else:
         model = recipe.model.build(len(classes), recipe.data.res)
-    module = runtime.prepare(recipe.objective.build(model))
+    counts = np.bincount(train_set.labels, minlength=len(classes)).tolist()
+    balance = told(train_set, recipe.data.sampling, recipe.data.repeat_threshold) + recipe.objective.notes(counts)
+    for note in (*train_set.notes, *val_set.notes, *balance):
+        progress.note(note)
+    module = runtime.prepare(recipe.objective.build(model, counts))
     engine = Engine(module, processes, recipe.runtime.shard, recipe.runtime.exact, runtime.device)
     optimizer = optim.build(recipe.optim, module)
     average = optim.Average(module, recipe.optim.ema) if recipe.optim.ema else None
@@ -256,6 +265,7 @@ def fit(
         best_step=position.best_step,
         bad_images=position.bad_images,
         skipped=position.skipped,
+        balance=balance,
         seconds=time.monotonic() - begin,
         signal=stop.signal,
         first=processes.first,

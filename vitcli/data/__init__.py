@@ -15,6 +15,7 @@ from vitcli.schema import Schema, wrong
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "area"]
+Sampling = Literal["uniform", "balanced", "repeat_factor"]
 # One number stands for both sides, or for all three channels.
 Size = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(lambda v: (v, v) if isinstance(v, int) else v)]
 PerChannel = Annotated[
@@ -95,6 +96,10 @@ class DataConfig(Preprocessing):
     classes: PositiveInt | None = Field(None, description="expected number of classes; checked against the data")
     images: PositiveInt | None = Field(None, description="training images; only --dry-run without the data needs it")
     augment: Augment = Augment.parse({})
+    sampling: Sampling = Field(
+        "uniform", description="images an epoch shows: each once; of each class as many; of rare classes more"
+    )
+    repeat_threshold: float = Field(1e-3, gt=0, lt=1, description="repeat_factor: share below which a class is rare")
     bad_images: Share = Field(0.0, description="share of unreadable training images to replace; above it training ends")
     keep: bool | None = Field(
         None, description="training images stay on the device, for random and central crops; null: few, on cuda"
@@ -106,6 +111,8 @@ class DataConfig(Preprocessing):
         crop = self.augment
         if crop.resize and any(side + 2 * crop.pad < res for side, res in zip(crop.resize, self.res, strict=True)):
             raise wrong("augment.resize", "is smaller than res: nothing is left to crop")
+        if self.sampling != "repeat_factor" and self.repeat_threshold != 1e-3:
+            raise wrong("repeat_threshold", f"is used by sampling: repeat_factor only, not by {self.sampling}")
         if self.keep and crop.crop == "inception_crop":
             raise wrong("keep", "goes with augment.crop: random_crop or central_crop")
         return self

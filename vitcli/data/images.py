@@ -60,6 +60,15 @@ def decode(source: str | os.PathLike[str] | bytes, name: str = "image") -> Image
         return _decode(file, path)
 
 
+def read(path: str) -> bytes:
+    """The bytes of a regular file that is not empty. Raises BadImage."""
+    with _open(path) as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise BadImage(path, error.strerror or str(error)) from None
+
+
 def _open(path: str) -> BinaryIO:
     """A regular file that is not empty; a pipe without a writer does not block."""
     try:

@@ -14,8 +14,7 @@ import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from functools import partial
-from itertools import groupby, islice, tee
-from operator import itemgetter
+from itertools import islice, tee
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from vitcli.data.augment import augment, before_crop, crop, random_crops
 from vitcli.data.images import BadImage
 from vitcli.data.place import ahead, put
 from vitcli.data.preprocess import prepare
+from vitcli.data.sampling import epoch_order, turns
 from vitcli.data.sources import Dataset
 from vitcli.data.workers import Part, Sample, load, start_server
 from vitcli.errors import DataError
@@ -44,7 +44,8 @@ OTHER_SIZE = "its size is not that of the first image,"
 CPU = torch.device("cpu")
 
 Batch = dict[str, Any]
-Positions = tuple[int, np.ndarray]  # an epoch, and indices of images
+# Turns and indices of images. A turn is the epoch, and from bit 32 on how often the epoch has shown the image before.
+Positions = tuple[np.ndarray, np.ndarray]
 
 
 def epoch_steps(dataset: Dataset, batch: int) -> int:
@@ -86,7 +87,7 @@ def train_batches(
     places = range(batch) if places is None else places
     count = len(places) * (steps - start)
     workers = _workers(data.workers, _is_easy(dataset, data.res), count, neighbours)
-    order = _order(len(dataset), batch, seed, range(start, steps), list(places))
+    order = _order(data, dataset, batch, seed, range(start, steps), list(places))
     kept = _kept(data, dataset, device, count, workers)
     if kept is not None:
         return ahead(_kept_batches(data, dataset, seed, order, len(places), kept), device)
@@ -158,7 +159,7 @@ def _loaded_batches(
     broken: dict[int, BadImage] = {}
     order, asked = tee(order)
     with closing(load(sample, data.res, _parts(asked), workers)) as loaded:
-        for epoch, indices in order:
+        for turn, indices in order:
             parts = [next(loaded) for _ in range(0, len(indices), CHUNK)]
             broken |= {index: BadImage(path, reason) for part in parts for index, path, reason in part["bad"]}
             complete = sum(len(part["labels"]) for part in parts) == len(indices)
@@ -166,7 +167,7 @@ def _loaded_batches(
                 raise _too_many(list(broken.values()), data.bad_images, len(dataset))
             batch = _join(parts)
             images, labels = put(batch["images"], device), put(batch["labels"], device)
-            chance = rng.Generators(seed, Stream.PIXELS, epoch, indices)
+            chance = rng.Generators(seed, Stream.PIXELS, turn, indices)
             yield batch | {"images": augment(images, data, chance), "labels": labels}
 
 
@@ -178,23 +179,22 @@ def _kept_batches(
     Several batches are made at once: small ones cost a GPU less than it costs to ask for them.
     """
     labels = put(torch.from_numpy(dataset.labels), images.device)
-    for epoch, several in _together(order, max(1, AT_ONCE // batch)):
-        indices = np.concatenate(several)
+    for turn, indices in _together(order, max(1, AT_ONCE // batch)):
         here = put(torch.from_numpy(indices), images.device)
         chosen = images[here]
         if data.augment.crop == "random_crop":
-            chance = rng.Generators(seed, Stream.CROP, epoch, indices).random(2)
+            chance = rng.Generators(seed, Stream.CROP, turn, indices).random(2)
             chosen = random_crops(chosen, data.res, data.augment.pad, chance)
-        chance = rng.Generators(seed, Stream.PIXELS, epoch, indices)
+        chance = rng.Generators(seed, Stream.PIXELS, turn, indices)
         for some, own in zip(augment(chosen, data, chance).split(batch), labels[here].split(batch), strict=True):
             yield {"images": some, "labels": own}
 
 
-def _together(order: Iterator[Positions], count: int) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """`count` batches that follow one another; fewer at the end of an epoch."""
-    for epoch, positions in groupby(order, key=itemgetter(0)):
-        while several := [indices for _, indices in islice(positions, count)]:
-            yield epoch, several
+def _together(order: Iterator[Positions], count: int) -> Iterator[Positions]:
+    """`count` batches that follow one another, as one."""
+    while several := list(islice(order, count)):
+        turn, indices = zip(*several, strict=True)
+        yield np.concatenate(turn), np.concatenate(indices)
 
 
 def _kept(data: DataConfig, dataset: Dataset, device: torch.device, count: int, workers: int) -> Tensor | None:
@@ -235,28 +235,34 @@ def _too_many(broken: list[BadImage], share: float, images: int) -> DataError:
     )
 
 
-def _order(images: int, batch: int, seed: int, steps: range, places: Sequence[int]) -> Iterator[Positions]:
-    """Epoch and indices of the images of each batch. An epoch is a permutation without its partial batch."""
-    epoch, order = -1, np.empty(0, dtype=np.int64)
+def _order(
+    data: DataConfig, dataset: Dataset, batch: int, seed: int, steps: range, places: Sequence[int]
+) -> Iterator[Positions]:
+    """Turns and indices of the images of each batch. An epoch goes without its last partial batch."""
+    epoch = -1
+    order = turn = np.empty(0, dtype=np.int64)
     for step in steps:
-        now, place = divmod(step, images // batch)
+        now, place = divmod(step, len(dataset) // batch)
         if now != epoch:
-            epoch, order = now, rng.generator(seed, Stream.SHUFFLE, now).permutation(images)
-        yield epoch, order[place * batch : (place + 1) * batch][places]
+            chance = rng.generator(seed, Stream.SHUFFLE, now)
+            epoch, order = now, epoch_order(dataset, data.sampling, data.repeat_threshold, chance)
+            turn = epoch + (turns(order, data.sampling) << 32)
+        here = slice(place * batch, (place + 1) * batch)
+        yield turn[here][places], order[here][places]
 
 
 def _parts(positions: Iterator[Positions]) -> Iterator[list[tuple[int, int]]]:
-    """(epoch, index) of each image, in parts of a batch that a process loads at a time."""
-    for epoch, indices in positions:
-        pairs = [(epoch, int(index)) for index in indices]
+    """(turn, index) of each image, in parts of a batch that a process loads at a time."""
+    for turn, indices in positions:
+        pairs = list(zip(turn.tolist(), indices.tolist(), strict=True))
         yield from (pairs[i : i + CHUNK] for i in range(0, len(pairs), CHUNK))
 
 
 def _training_sample(data: DataConfig, dataset: Dataset, seed: int, position: tuple[int, int]) -> Sample:
-    """The cropped image of (epoch, index), or of another index if that one is broken and may be replaced."""
-    epoch, index = position
-    others = rng.generator(seed, Stream.REPLACE, epoch, index)
-    chance = rng.generator(seed, Stream.CROP, epoch, index)
+    """The cropped image of (turn, index), or of another index if that one is broken and may be replaced."""
+    turn, index = position
+    others = rng.generator(seed, Stream.REPLACE, turn, index)
+    chance = rng.generator(seed, Stream.CROP, turn, index)
     bad = []
     for _ in range(TRIES if data.bad_images else 1):
         try:

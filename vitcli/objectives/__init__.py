@@ -6,6 +6,7 @@ import torch; its methods may.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vitcli.schema import Schema, one_of
@@ -24,6 +25,14 @@ class Objective(Schema):
         """Trained modules besides the ViT, by name; they appear as attributes of the `ObjectiveModule`."""
         return {}
 
+    def constants(self, counts: Sequence[int]) -> dict[str, Tensor]:
+        """Tensors that the loss needs, neither trained nor saved, by name, given the images of each class."""
+        return {}
+
+    def notes(self, counts: Sequence[int]) -> tuple[str, ...]:
+        """What the objective makes of classes with so many images, for a person."""
+        return ()
+
     def losses(self, module: ObjectiveModule, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Scalars of a batch, each a mean over its images; "loss" is minimised.
 
@@ -31,11 +40,11 @@ class Objective(Schema):
         """
         raise NotImplementedError
 
-    def build(self, model: ViT) -> ObjectiveModule:
-        """The module to train; `.model` is the ViT."""
+    def build(self, model: ViT, counts: Sequence[int] = ()) -> ObjectiveModule:
+        """The module to train; `.model` is the ViT. `counts` are the images of each class."""
         from vitcli.objectives._module import ObjectiveModule
 
-        return ObjectiveModule(self, model)
+        return ObjectiveModule(self, model, counts)
 
 
 AnyObjective: Any = one_of(__name__, Objective)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -22,6 +23,35 @@ class Classify(Objective):
         "softmax", description="sigmoid is summed over the classes, as big_vision"
     )
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
+    class_weights: Literal["none", "inverse", "effective"] = Field(
+        "none", description="what an image counts: 1 / images of its class, or 1 / their effective number"
+    )
+
+    def constants(self, counts: Sequence[int]) -> dict[str, Tensor]:
+        """{"class_weights"} (classes,)."""
+        import torch
+
+        return {} if self.class_weights == "none" else {"class_weights": torch.tensor(self._weights(counts))}
+
+    def notes(self, counts: Sequence[int]) -> tuple[str, ...]:
+        """The range of the class weights."""
+        if self.class_weights == "none":
+            return ()
+        weights = [weight for weight in self._weights(counts) if weight]
+        return (f"{self.class_weights} class weights: an image counts {min(weights):.3g} to {max(weights):.3g}",)
+
+    def _weights(self, counts: Sequence[int]) -> list[float]:
+        """1 in the mean over the images; a class without images has 0.
+
+        The effective number of n images is (1 - b^n) / (1 - b), here with b = 1 - 1 / (images of a mean class)
+        (arXiv 1901.05555).
+        """
+        seen, images = sum(count > 0 for count in counts), sum(counts)
+        base = 1 - seen / max(images, 2 * seen)
+        size = (lambda n: (1 - base**n) / (1 - base)) if self.class_weights == "effective" else float
+        weights = [1 / size(count) if count else 0.0 for count in counts]
+        mean = sum(weight * count for weight, count in zip(weights, counts, strict=True)) / images
+        return [weight / mean for weight in weights]
 
     def losses(self, module: ObjectiveModule, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """{"loss"} of a batch: images (b, 3, h, w), targets (b, classes).
@@ -31,12 +61,15 @@ class Classify(Objective):
         from torch.nn import functional as F
 
         logits, targets = module.model(batch["images"]).float(), batch["targets"]
+        weights = targets @ module.get_buffer("class_weights") if self.class_weights != "none" else None
         if self.label_smoothing:
             targets = targets * (1 - self.label_smoothing) + self.label_smoothing / targets.shape[-1]
         if logits.ndim == 3:
             targets = targets[:, None].expand_as(logits)
         if self.loss == "softmax":
-            loss = -(targets * F.log_softmax(logits, dim=-1)).sum(-1).mean()
+            losses = -(targets * F.log_softmax(logits, dim=-1)).sum(-1)
         else:
-            loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(-1).mean()
-        return {"loss": loss}
+            losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(-1)
+        if weights is not None:
+            losses = losses * (weights[:, None] if losses.ndim == 2 else weights)
+        return {"loss": losses.mean()}

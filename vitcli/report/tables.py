@@ -142,6 +142,7 @@ def outcome_lines(outcome: Outcome) -> Iterator[str]:
         yield f"{outcome.bad_images} unreadable images were replaced; train.log names them"
     if outcome.skipped:
         yield f"{outcome.skipped} updates were skipped, whose gradient was not finite; train.log names them"
+    yield from outcome.balance
     yield f"next: vit export --onnx --ckpt {outcome.run}"
 
 

@@ -6,10 +6,15 @@ torch; `open` may. Loader processes get a copy of the data set by pickle: keep i
 
 from __future__ import annotations
 
+import glob
+import os
+import re
 from abc import ABC, abstractmethod
+from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from vitcli.schema import Schema, one_of
 
@@ -23,12 +28,14 @@ class Dataset(ABC):
     """Labelled images in a fixed order.
 
     `classes` are names, in the order of the labels; `labels` is int64 of shape (n,). `identity` tells the images
-    apart from those of another set, wherever they lie: their relative paths, or the name of the set.
+    apart from those of another set, wherever they lie: from their relative paths, or the name of the set. `notes` are
+    what a person should know of it.
     """
 
     classes: tuple[str, ...]
     labels: np.ndarray
     identity: bytes
+    notes: tuple[str, ...] = ()
     in_memory: bool = False  # True: an image costs so little that loader processes do not pay
 
     def __len__(self) -> int:
@@ -38,9 +45,21 @@ class Dataset(ABC):
     def image(self, index: int) -> Image.Image:
         """The image, upright and RGB. Raises BadImage with file and reason."""
 
+    def read(self, index: int) -> bytes | None:
+        """The file before it is decoded, or None where there is none. Raises BadImage."""
+        return None
+
     @abstractmethod
     def path(self, index: int) -> str:
         """What to call the image in a message: its file, or the source and index."""
+
+    def damage(self) -> list[str]:
+        """What is wrong with the files that hold the images, each read whole."""
+        return []
+
+    def order(self, rng: np.random.Generator, chosen: np.ndarray) -> np.ndarray:
+        """The `chosen` images in random order: any, unless those that are near one another are cheaper to read."""
+        return rng.permutation(chosen)
 
 
 class Source(Schema):
@@ -50,5 +69,45 @@ class Source(Schema):
         """The images of a split. Raises DataError where there are none."""
         raise NotImplementedError
 
+    def splits(self) -> tuple[Split, ...]:
+        """The splits that there are."""
+        return ("train", "val")
+
+    def open_for_scoring(self) -> Dataset:
+        """What `vit eval --data` scores: the held-out images, or all images where none are held out."""
+        return self.open("val" if "val" in self.splits() else "train")
+
 
 AnySource: Any = one_of(__name__, Source)
+
+
+def described(path: str) -> dict[str, Any]:
+    """The source that a path on the command line means, as a recipe spells it.
+
+    A folder is one of shards where it holds tars, of Hugging Face's Parquet where it holds that, else one of class
+    folders; a .csv or .parquet is a table.
+    """
+    if "://" in path:
+        return {"name": "shards", "path": path}
+    if path == "digits" and not os.path.exists(path):
+        return {"name": "digits"}
+    if path.lower().endswith((".csv", ".parquet")):
+        return {"name": "table", "train": path}
+    root = os.path.expanduser(path)
+    for place in ("", "data/"):
+        if glob.glob(f"{place}train*.parquet", root_dir=root):
+            held_out = [f"{place}{name}*.parquet" for name in ("val", "test")]
+            val = next((os.path.join(path, name) for name in held_out if glob.glob(name, root_dir=root)), None)
+            return {"name": "table", "train": os.path.join(path, f"{place}train*.parquet"), "val": val}
+    tars = glob.glob("*.tar", root_dir=root)
+    if not tars:
+        return {"name": "folder", "path": path}
+    if any(fnmatch(name, "train-*.tar") or fnmatch(name, "val-*.tar") for name in tars):
+        return {"name": "shards", "path": path}
+    wnids = all(re.fullmatch(r"n\d{8}\.tar", name) for name in tars)
+    return {"name": "shards", "path": path, "train": "*.tar", "class_tars": wnids}
+
+
+def parsed(tree: dict[str, Any]) -> Source:
+    """The source that a recipe spells."""
+    return TypeAdapter(AnySource).validate_python(tree)

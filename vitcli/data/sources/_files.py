@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vitcli.data.index import Index, block
 from vitcli.data.sources import Dataset
 
 if TYPE_CHECKING:
@@ -15,17 +17,31 @@ if TYPE_CHECKING:
 
 
 class Files(Dataset):
-    """Image files below `root`: relative names, and a label for each.
+    """Image files below `root`. `index` holds their relative names; `labels` are its own where none are given.
 
-    The names are one block of bytes, since millions of them go to every loader process.
+    Millions of names go to every loader process: an index on disk goes as its place.
     """
 
-    def __init__(self, root: str, names: Sequence[str], labels: Sequence[int] | np.ndarray, classes: Sequence[str]):
+    def __init__(self, root: str, index: Index, classes: Sequence[str], labels: np.ndarray | None = None):
         self.root, self.classes = os.path.abspath(root), tuple(classes)  # loader processes may stand elsewhere
-        self.labels = np.asarray(labels, dtype=np.int64)
-        encoded = [os.fsencode(name) for name in names]
-        self.identity = b"\0".join(encoded)
-        self._ends = np.cumsum([len(name) + 1 for name in encoded], dtype=np.int64) - 1
+        self.index, self._given = index, labels
+        self.labels = index["labels"] if labels is None else labels
+        digest = hashlib.sha256(index["names"].data)
+        digest.update(index["name_ends"].data)
+        self.identity = digest.digest()
+
+    @classmethod
+    def of(cls, root: str, names: Iterable[str], labels: Iterable[int], classes: Sequence[str]) -> Files:
+        """Files by their names relative to `root`."""
+        found = np.fromiter(labels, dtype=np.int64)
+        return cls(root, Index(block(names) | {"labels": found}, {}), classes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "labels"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.labels = self.index["labels"] if self._given is None else self._given
 
     def image(self, index: int) -> Image.Image:
         """The decoded file."""
@@ -33,7 +49,12 @@ class Files(Dataset):
 
         return decode(self.path(index))
 
-    def path(self, index: int) -> str:
+    def read(self, index: int) -> bytes:
         """The file."""
-        start = int(self._ends[index - 1]) + 1 if index else 0
-        return os.path.join(self.root, os.fsdecode(self.identity[start : int(self._ends[index])]))
+        from vitcli.data.images import read
+
+        return read(self.path(index))
+
+    def path(self, index: int) -> str:
+        """Where the file is."""
+        return os.path.join(self.root, self.index.names(index))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +12,14 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from vitcli import rng
+from vitcli.data.index import LARGE, Index, block, kept
 from vitcli.data.sources import Dataset, Source, Split
+from vitcli.data.sources._split import share
 from vitcli.errors import DataError
-from vitcli.rng import Stream
+from vitcli.waiting import bar
 
 HELD_OUT = ("val", "validation", "test")
+RACY_NS = 2 * 10**9  # file systems tell the time of a change in steps of up to two seconds
 
 
 class Folder(Source):
@@ -40,14 +43,21 @@ class Folder(Source):
         if held_out or (split == "train" and not self.val):
             return _collect(train or root, complete=True)
         if self.val:
-            return _share(train or root, self.val, split)
+            return share(_collect(train or root, complete=True), self.val, split, train or root)
         raise DataError(
             f"{root!r} has no folder {', '.join(HELD_OUT[:-1])} or {HELD_OUT[-1]}",
             "make one, or hold out a tenth of each class with data.source.val=0.1",
         )
 
+    def splits(self) -> tuple[Split, ...]:
+        """Those that have a folder, or a share."""
+        _, train, held_out = self._layout()
+        if held_out and not train:
+            return ("val",)
+        return ("train", "val") if held_out or self.val else ("train",)
+
     def open_for_scoring(self) -> Dataset:
-        """What `vit eval --data` scores: the held-out images, or all images of a folder that has no split."""
+        """The held-out images, or all images of a folder that has no split."""
         root, train, held_out = self._layout()
         return self.open("val") if train or held_out or self.val else _collect(root)
 
@@ -65,42 +75,70 @@ def _collect(root: str, classes: list[str] | None = None, *, complete: bool = Fa
     from vitcli.data.sources._files import Files
 
     folders = _class_folders(root)
-    classes = list(folders) if classes is None else classes
-    if unknown := [label for label in folders if label not in set(classes)]:
+    known = set(folders if classes is None else classes)
+    if unknown := [label for label in folders if label not in known]:
         raise DataError(
             f"{len(unknown)} classes of {root!r} are not among the training classes, such as {unknown[0]!r}",
             "rename or remove these folders; class names meet as they are written",
         )
-    names, labels = [], []
-    for index, label in enumerate(classes):
-        images = _images(root, folders[label]) if label in folders else []
-        if complete and not images:
-            raise DataError(
-                f"the class folder {os.path.join(root, folders[label])!r} has no images",
-                f"remove it, or fill it with files of {' '.join(sorted(EXTENSIONS))}",
-            )
-        names += images
-        labels += [index] * len(images)
-    if not names:
+    index = _listing(root, folders)
+    empty = np.setdiff1d(np.arange(len(folders)), index["labels"])
+    if complete and len(empty):
+        raise DataError(
+            f"the class folder {os.path.join(root, list(folders.values())[empty[0]])!r} has no images",
+            f"remove it, or fill it with files of {' '.join(sorted(EXTENSIONS))}",
+        )
+    if not len(index["labels"]):
         raise DataError(f"no images in the class folders of {root!r}", f"files of {' '.join(sorted(EXTENSIONS))} count")
-    return Files(root, names, labels, classes)
+    if classes is None:
+        return Files(root, index, list(folders))
+    place = {label: number for number, label in enumerate(classes)}
+    return Files(root, index, classes, np.array([place[label] for label in folders])[index["labels"]])
 
 
-def _share(root: str, share: float, split: Split) -> Dataset:
-    """Hold out a share of each class: at least one image, and never the last one. The choice depends on no seed."""
-    from vitcli.data.sources._files import Files
+def _listing(root: str, folders: dict[str, str]) -> Index:
+    """The names and labels of all images, by class and then by name; a long one is kept until a folder changes."""
+    absolute = os.path.abspath(root)
+    return kept(
+        ["folder", os.fsencode(absolute).hex()],
+        worth=lambda index: len(index["labels"]) >= LARGE,
+        current=lambda index: list(folders) == index.facts["classes"] and _unchanged(absolute, index),
+        build=lambda: _list(root, folders),
+    )
 
-    everything = _collect(root, complete=True)
-    held_out = np.zeros(len(everything), dtype=bool)
-    for label in range(len(everything.classes)):
-        own = np.flatnonzero(everything.labels == label)
-        count = min(max(1, round(share * len(own))), len(own) - 1)
-        held_out[rng.generator(0, Stream.SPLIT, label).permutation(own)[:count]] = True
-    chosen = np.flatnonzero(held_out == (split == "val"))
-    if not len(chosen):
-        raise DataError(f"each class of {root!r} has one image, so none can be held out", "add images, or a folder val")
-    names = everything.identity.split(b"\0")
-    return Files(root, [os.fsdecode(names[i]) for i in chosen], everything.labels[chosen], everything.classes)
+
+def _list(root: str, folders: dict[str, str]) -> Index:
+    begin = time.time_ns()
+    counts: list[int] = []
+    visited: list[str] = []
+
+    def names() -> Iterator[str]:
+        with bar("listing class folders", len(folders)) as advance:
+            for folder in folders.values():
+                images, places = _images(root, folder)
+                counts.append(len(images))
+                visited.extend(places)
+                yield from images
+                advance(1)
+
+    arrays = block(names())
+    arrays["labels"] = np.repeat(np.arange(len(folders)), counts)
+    arrays["changed"] = np.array([os.stat(os.path.join(root, place)).st_mtime_ns for place in visited])
+    hexed = [os.fsencode(place).hex() for place in visited]
+    return Index(arrays, {"classes": list(folders), "visited": hexed, "begin": begin})
+
+
+def _unchanged(root: str, index: Index) -> bool:
+    """Whether all folders are as they were listed. One that changed just before may have changed just after, too."""
+    settled = index.facts["begin"] - RACY_NS
+    for place, changed in zip(index.facts["visited"], index["changed"].tolist(), strict=True):
+        try:
+            now = os.stat(os.path.join(root, os.fsdecode(bytes.fromhex(place)))).st_mtime_ns
+        except OSError:
+            return False
+        if now != changed or now > settled:
+            return False
+    return True
 
 
 def _classes(root: str) -> list[str]:
@@ -132,22 +170,21 @@ def _contains(folder: str, other: str) -> bool:
     return os.path.commonpath([folder, other]) == folder
 
 
-def _images(root: str, folder: str) -> list[str]:
-    """Names relative to `root` of all image files in and below a class folder, sorted."""
+def _images(root: str, folder: str) -> tuple[list[str], list[str]]:
+    """Names relative to `root` of all image files in and below a class folder, sorted; and of the folders looked at."""
     from vitcli.data.images import EXTENSIONS
 
-    names, pending = [], [folder]
-    while pending:
-        place = pending.pop()
+    names, folders = [], [folder]
+    for place in folders:
         with _scan(os.path.join(root, place)) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
                 if entry.is_dir(follow_symlinks=False):
-                    pending.append(f"{place}/{entry.name}")
+                    folders.append(f"{place}/{entry.name}")
                 elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
                     names.append(f"{place}/{entry.name}")
-    return sorted(names)
+    return sorted(names), folders
 
 
 @contextmanager

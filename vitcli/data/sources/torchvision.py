@@ -62,7 +62,7 @@ class Torchvision(Source):
         if self.dataset == "EuroSAT":
             samples = [sample for i, sample in enumerate(samples) if (i % 5 == 4) == (split == "val")]
         names = [os.fspath(path)[len(root) + 1 :] for path, _ in samples]
-        return Files(root, names, [label for _, label in samples], getattr(found, "wnids", found.classes))
+        return Files.of(root, names, [label for _, label in samples], getattr(found, "wnids", found.classes))
 
     def _find(self, root: str, split: Split) -> Any:
         """torchvision's own object."""
