@@ -38,16 +38,19 @@ class Meter:
         """Count time spent waiting for data."""
         self._waited += seconds
 
+    def begin_step(self) -> None:
+        """An update begins, perhaps once more because the one before found too little memory."""
+        self._step = {}
+
     def add(self, losses: dict[str, Tensor], images: int) -> None:
         """Count the losses of some images of the update under way."""
-        self._seen += images
         _add(self._step, {"images": images, **{name: value.detach() * images for name, value in losses.items()}})
 
     def end_step(self, step: int, norm: Tensor, finite: Tensor) -> None:
         """The update is done, or skipped because the norm of its gradient is not `finite`: then it counts nothing."""
+        self._seen += self._step["images"]
         done = {**self._step, "grad_norm": norm * self._step["images"]}
         _add(self._sums, {name: (finite * value).where(finite, 0.0) for name, value in done.items()})
-        self._step = {}
         self._finite.append((step, finite))
 
     def settle(self) -> list[int]:

@@ -19,6 +19,7 @@ from vitcli.data.preprocess import normalise
 from vitcli.engine import Engine, exact_size
 from vitcli.errors import CheckpointError, DataError
 from vitcli.inference import TorchPredictor, score
+from vitcli.memory import MicroBatch
 from vitcli.meter import Meter
 from vitcli.processes import Processes, plain, whole
 from vitcli.report.plots import draw_results
@@ -114,7 +115,7 @@ def fit(
             scores = score(
                 predictor,
                 val_set,
-                batch=len(share),
+                batch=micro_batch.size,
                 workers=recipe.data.workers,
                 on_batch=stop.check if processes.count == 1 else None,
                 processes=processes,
@@ -157,13 +158,11 @@ def fit(
         places=places(share, recipe.batch, recipe.data.augment),
         neighbours=processes.neighbours,
     )
-    at_a_time = min(recipe.runtime.micro_batch or recipe.batch, len(share))
-    if recipe.runtime.exact:
-        at_a_time = exact_size(recipe.runtime.exact, recipe.batch, processes)
-    first_part = processes.rank * -(-len(share) // at_a_time)
+    rigid = bool(recipe.runtime.exact) or (processes.count > 1 and recipe.runtime.shard == "fsdp")
+    micro_batch = MicroBatch(_at_a_time(recipe, position, processes), position, processes, rigid, progress.note)
     with (
         Stop() as stop,
-        runtimes.memory_errors(at_a_time),
+        micro_batch.errors(),
         processes.errors(lambda: f"after step {position.step}"),
         progress.training(position.step, steps, recipe.batch),
     ):
@@ -191,13 +190,19 @@ def fit(
             chance = rng.generator(recipe.seed, Stream.MIX, step)
             images, targets = mix_share(images, targets, len(share), recipe.data.augment, chance)
 
-            for index, part in enumerate(parts := _micro_batches(images, targets, at_a_time)):
-                runtimes.seed(rng.torch_seed(recipe.seed, Stream.MODEL, step, first_part + index))
-                with engine.part(last=index == len(parts) - 1):
-                    with runtime.autocast():
-                        losses = engine.forward(part)
-                    (losses["loss"] * len(part["images"]) / len(share)).backward()
-                meter.add(losses, len(part["images"]))
+            for attempt in micro_batch.attempts():
+                with attempt:
+                    losses = {}  # those of a failed attempt hold what its backward pass needed
+                    module.zero_grad()
+                    meter.begin_step()
+                    parts = _micro_batches(images, targets, micro_batch.size)
+                    for index, part in enumerate(parts, start=processes.rank * len(parts)):
+                        runtimes.seed(rng.torch_seed(recipe.seed, Stream.MODEL, step, index))
+                        with engine.part(last=attempt.final and part is parts[-1]):
+                            with runtime.autocast():
+                                losses = engine.forward(part)
+                            (losses["loss"] * len(part["images"]) / len(share)).backward()
+                        meter.add(losses, len(part["images"]))
 
             norm = optim.clip(module, recipe.optim.clip)
             finite = norm.isfinite()
@@ -237,6 +242,14 @@ def fit(
 
 def _due(step: int, every: int, steps: int) -> bool:
     return step > 0 and (step % every == 0 or step == steps)
+
+
+def _at_a_time(recipe: Recipe, position: Position, processes: Processes) -> int:
+    """Images that go through the model at a time, as the recipe says, or as memory held them before."""
+    if recipe.runtime.exact:
+        return exact_size(recipe.runtime.exact, recipe.batch, processes)
+    size = position.micro_batch or recipe.runtime.micro_batch or recipe.batch
+    return min(size, len(processes.share(recipe.batch)))
 
 
 def _micro_batches(images: Tensor, targets: Tensor, size: int) -> list[dict[str, Tensor]]:
