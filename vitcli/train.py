@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from vitcli.processes import Processes, plain, whole
 from vitcli.report.plots import draw_results
 from vitcli.report.progress import Progress
 from vitcli.rng import Stream
+from vitcli.saver import Saver
 from vitcli.stop import Stop, Stopped
 
 if TYPE_CHECKING:
@@ -136,15 +137,19 @@ def fit(
     def save() -> None:
         settle()
         position.log_bytes = run.log_size()
-        state = checkpoint.training_state(module, optimizer, average)
-        if processes.first:
-            checkpoint.save_training(run.checkpoints, position, state, recipe, classes)
+        state, here = checkpoint.training_state(module, optimizer, average), replace(position)
+
+        def write() -> None:
+            checkpoint.save_training(run.checkpoints, here, state, recipe, classes)
             checkpoint.prune(run.checkpoints, recipe.keep_last, recipe.keep_every)
 
-    def save_model(name: str) -> None:
-        state = whole(module.model.state_dict())
         if processes.first:
-            checkpoint.save_model(run.path / name, state, recipe, classes, position.step)
+            saver.begin(write)
+
+    def save_model(name: str) -> None:
+        state, step = whole(module.model.state_dict()), position.step
+        if processes.first:
+            saver.begin(lambda: checkpoint.save_model(run.path / name, state, recipe, classes, step))
 
     meter = Meter(position, processes)
     saved = position.step if found else -1
@@ -162,6 +167,7 @@ def fit(
     micro_batch = MicroBatch(_at_a_time(recipe, position, processes), position, processes, rigid, progress.note)
     with (
         Stop() as stop,
+        Saver() as saver,
         micro_batch.errors(),
         processes.errors(lambda: f"after step {position.step}"),
         progress.training(position.step, steps, recipe.batch),
@@ -177,6 +183,7 @@ def fit(
                 saved = position.step
             if stop.signal or position.step == steps:
                 break
+            saver.check()
 
             step, asked = position.step, time.monotonic()
             batch = next(batches)
@@ -221,9 +228,10 @@ def fit(
                 if "loss" in values:
                     progress.log(position.step, lr=lr, **values)
 
-    if not stop.signal:
-        with _averaged(average):
-            save_model("last")
+        if not stop.signal:
+            with _averaged(average):
+                save_model("last")
+
     if processes.first:
         draw_results(run.metrics_file, run.path / "results.png", title=run.path.name)
     return Outcome(
