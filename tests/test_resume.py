@@ -115,7 +115,8 @@ def test_no_whole_checkpoint_left(undisturbed, tmp_path):
 
 def test_one_process_a_run_folder(undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    for left in ("checkpoints", "last"):
+        shutil.rmtree(tmp_path / "run" / left)
     first = start(tmp_path)
     while first.poll() is None and not (tmp_path / "run" / "checkpoints").exists():
         time.sleep(0.01)

@@ -19,6 +19,7 @@ from vitcli.console import answer, err, out, print_error
 from vitcli.errors import CheckpointError, DataError, RecipeError
 from vitcli.export_command import export
 from vitcli.recipe_commands import recipe_names, recipes
+from vitcli.run_commands import runs
 
 if TYPE_CHECKING:
     from vitcli.data.sources import Dataset
@@ -32,6 +33,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(recipes, name="recipes", rich_help_panel="Look")
+app.add_typer(runs, name="runs", rich_help_panel="Look")
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Provider = Annotated[Literal["auto", "cuda", "tensorrt", "cpu"], Option(help="ONNX Runtime's, for .onnx files.")]

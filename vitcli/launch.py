@@ -56,8 +56,12 @@ def resume(folder: Path) -> Outcome:
         )
     recipe = recipes.load(resolved)
     with processes.start(recipe.runtime.timeout) as several, _shared(several, lambda: Run(folder)) as run:
-        fresh = start.exists() and not any(run.checkpoints.iterdir())
-        trained = checkpoint.load(Path(json.loads(start.read_text())["ckpt"])) if fresh else None
+        fresh = not any(run.checkpoints.iterdir())
+        if fresh and (folder / "last").exists():
+            raise CheckpointError(
+                f"{folder} is finished, and its checkpoints are deleted", f"train on: vit finetune --ckpt {folder}"
+            )
+        trained = checkpoint.load(Path(json.loads(start.read_text())["ckpt"])) if fresh and start.exists() else None
         return fit(recipe, run, _progress(run), trained, several)
 
 
