@@ -22,6 +22,7 @@ from vitcli.inference import TorchPredictor, score
 from vitcli.memory import MicroBatch
 from vitcli.meter import Meter
 from vitcli.processes import Processes, plain, whole
+from vitcli.profiling import profiled
 from vitcli.report.plots import draw_results
 from vitcli.report.progress import Progress
 from vitcli.rng import Stream
@@ -59,12 +60,13 @@ def fit(
     progress: Progress,
     trained: Trained | None = None,
     processes: Processes = Processes(),  # noqa: B008 (frozen)
+    profile: int = 0,
 ) -> Outcome:
     """Train to the end of the recipe, from where the run folder stands.
 
     A run folder with a checkpoint is continued to the same bits; an empty one starts from `trained` or from the
     original's initial weights. SIGINT and SIGTERM end it after the update under way, with a checkpoint. Several
-    `processes` call this together and share each batch; the first alone writes.
+    `processes` call this together and share each batch; the first alone writes. So many updates are to `profile`.
     Raises DataError, CheckpointError, NumericsError, ProcessError, StorageError.
     """
     begin = time.monotonic()
@@ -168,6 +170,7 @@ def fit(
     with (
         Stop() as stop,
         Saver() as saver,
+        profiled(run.path / "profile", profile * processes.first, runtime.device, progress.note) as profile_step,
         micro_batch.errors(),
         processes.errors(lambda: f"after step {position.step}"),
         progress.training(position.step, steps, recipe.batch),
@@ -220,6 +223,7 @@ def fit(
             meter.end_step(step, plain(norm), plain(finite))
             position.step = step + 1
 
+            profile_step()
             progress.step(position.step)
             if position.step % recipe.log_every == 0 or position.step == steps:
                 settle()
