@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vitcli import checkpoint, processes, recipe_files
+from vitcli import checkpoint, processes, recipe_files, trackers
 from vitcli import recipe as recipes
 from vitcli import run as runs
 from vitcli.checkpoint import Trained
@@ -35,6 +35,7 @@ def begin(
 
     Where torchrun starts its processes again after one was lost, the run that they had begun is continued.
     """
+    trackers.require(recipe.track)
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
 
     def create() -> Run:
@@ -62,6 +63,7 @@ def resume(folder: Path, profile: int = 0) -> Outcome:
             f"{folder} is not a run folder: it has no {resolved.name}", "--resume takes a folder under runs/"
         )
     recipe = recipes.load(resolved)
+    trackers.require(recipe.track)
     with processes.start(recipe.runtime.timeout) as several, _shared(several, lambda: Run(folder)) as run:
         fresh = not any(run.checkpoints.iterdir())
         if fresh and (folder / "last").exists():

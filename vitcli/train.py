@@ -28,6 +28,7 @@ from vitcli.report.progress import Progress
 from vitcli.rng import Stream
 from vitcli.saver import Saver
 from vitcli.stop import Stop, Stopped
+from vitcli.trackers import tracking
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -153,7 +154,6 @@ def fit(
         if processes.first:
             saver.begin(lambda: checkpoint.save_model(run.path / name, state, recipe, classes, step))
 
-    meter = Meter(position, processes)
     saved = position.step if found else -1
     batches = train_batches(
         recipe.data,
@@ -170,11 +170,13 @@ def fit(
     with (
         Stop() as stop,
         Saver() as saver,
+        tracking(recipe.track if processes.first else (), run.path, position.step, recipe.model_dump()) as run.track,
         profiled(run.path / "profile", profile * processes.first, runtime.device, progress.note) as profile_step,
         micro_batch.errors(),
         processes.errors(lambda: f"after step {position.step}"),
         progress.training(position.step, steps, recipe.batch),
     ):
+        meter = Meter(position, processes)
         module.train()
         while True:
             stop.signal = processes.largest(stop.signal or 0) or None
