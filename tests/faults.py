@@ -101,7 +101,10 @@ def full_then_freed(kilobytes: int, place: str) -> None:
 
 
 def hasty_loader(seconds: float) -> None:
-    """A loader process that does not answer is given up sooner."""
+    """From SIGUSR1 on, a loader process that does not answer is given up sooner."""
     from vitcli.data import workers
 
-    workers.HUNG = seconds  # pyright: ignore[reportAttributeAccessIssue]
+    def hurry(*_):
+        workers.HUNG = seconds
+
+    signal.signal(signal.SIGUSR1, hurry)

@@ -159,8 +159,12 @@ def lost_loader(zygote, folder, photos, number):
     source = f"data.source={{name: folder, path: {photos}}}"
     length = "steps=100000", "eval_every=100000", "log_every=1"
     words = [*sets(*TINY, source, "data.classes=2", "data.workers=2", "batch=16", *length), "--run", "run"]
-    pid = zygote.begin(folder, "pretrain", "quickstart", *words, fault=("hasty_loader", 5))
-    until((folder / "run/metrics.jsonl").exists)
+    pid = zygote.begin(folder, "pretrain", "quickstart", *words, fault=("hasty_loader", 2))
+    log = folder / "run/metrics.jsonl"
+    until(log.exists)
+    os.kill(pid, signal.SIGUSR1)
+    size = log.stat().st_size
+    until(lambda: log.stat().st_size > size + 1000)
     loaders = [grandchild for child in children(pid) for grandchild in children(child)]
     assert len(loaders) == 2
     begin = time.monotonic()
@@ -178,7 +182,7 @@ def lost_loader(zygote, folder, photos, number):
     ("number", "message"),
     [
         (signal.SIGKILL, "a loader process was killed"),
-        (signal.SIGSTOP, "the loader processes gave nothing for 5 seconds"),
+        (signal.SIGSTOP, "the loader processes gave nothing for 2 seconds"),
     ],
     ids=["killed", "hung"],
 )

@@ -82,10 +82,12 @@ def test_ended_at_random(zygote, undisturbed, tmp_path):
         number = chance.choice((signal.SIGTERM, signal.SIGINT))
         ended = signalled(zygote, folder, chance.uniform(0.1, longest), number)
         ends[ended.code] += 1
-        # Before training begins a signal ends the process as any other; from then on, with a checkpoint.
-        if "training: step" in ended.err:
-            assert ended.code in (0, 128 + number), ended.err
-            assert ended.code == 0 or "which is saved" in ended.err, ended.err
+        # Before training begins, and while its curves are drawn, a signal ends the process as it ends any other.
+        drawing = (folder / "run/last").exists()
+        if "training: step" in ended.err and not drawing:
+            assert ended.code == 128 + number, ended.err
+            assert "which is saved" in ended.err
+        assert ended.code in (0, 128 + number, -number), ended.err
         test_faults.goes_on(zygote, folder, undisturbed)
         shutil.rmtree(folder)
     told(f"SIGTERMs and SIGINTs, by exit code {dict(ends)}", ends.total())
@@ -210,6 +212,14 @@ def ranks(count, folder, *words, fault=""):
     return done.returncode, (folder / "log").read_text()
 
 
+def same_bits(run, other):
+    """Everything is equal but the rounding of sums in the log, which each process adds up for itself."""
+    found, expected = content(run), content(other)
+    for row, wanted in zip(found.pop("log"), expected.pop("log"), strict=True):
+        assert row == pytest.approx(wanted, rel=1e-6)
+    assert found == expected
+
+
 EXACT = sets("runtime={device: cpu, precision: fp32, threads: 1, exact: 8}")
 SPOIL = """
 import torch
@@ -254,7 +264,7 @@ def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_in_all(tmp_path
     shutil.move(tmp_path / "run", tmp_path / "two")
     code, log = ranks(1, tmp_path, *RECIPE, *EXACT, fault=SPOIL.replace("rank == 1", "True").format(steps=(2,)))
     assert code == 0, log
-    assert content(tmp_path / "run") == content(tmp_path / "two")
+    same_bits(tmp_path / "run", tmp_path / "two")
     shutil.rmtree(tmp_path / "run")
     code, log = ranks(2, tmp_path, *RECIPE, *EXACT, fault=SPOIL.format(steps=(1, 2, 3)))
     assert code != 0
@@ -285,5 +295,5 @@ def test_any_number_of_processes_goes_on_to_the_same_bits(tmp_path):
         code, log = ranks(count, tmp_path, *words, fault=STOP.format(step=at))
         assert (code == 0) == (at == 99), log
         words = RESUME
-    assert content(tmp_path / "run") == content(tmp_path / "one/run")
+    same_bits(tmp_path / "run", tmp_path / "one/run")
     told("numbers of processes one after another: 1, 2, 4, 2, 1", 5)
