@@ -23,6 +23,7 @@ from vitcli import checkpoint, runtime
 from vitcli.data import Preprocessing, imagenet
 from vitcli.data.images import EXTENSIONS, BadImage, decode
 from vitcli.data.loader import Batch, eval_batches
+from vitcli.data.place import put
 from vitcli.data.preprocess import normalise, pixels, prepare
 from vitcli.data.sources import Dataset
 from vitcli.errors import CheckpointError, DataError, NumericsError, UserError
@@ -62,7 +63,7 @@ class TorchPredictor:
         self.model.eval()
         try:
             with torch.no_grad(), self.runtime.autocast():
-                images = self.runtime.put({"images": images})["images"]
+                images = put(images, self.runtime.device)
                 logits = self.model(normalise(images, self.preprocessing)).float()
         finally:
             self.model.train(training)
@@ -132,26 +133,30 @@ def score(
     allow_bad: bool = False,
     on_batch: Callable[[int], None] | None = None,
     processes: Processes | None = None,
+    batches: Iterator[Batch] | None = None,
 ) -> Scores:
     """Score every image once; classes meet by name. The counts do not depend on `batch`, nor on how many `processes`
     share the images.
 
+    `batches` are those of `eval_batches` with this process's `share_of` the images, where the caller keeps them.
     `on_batch` is told how many images are done. Raises DataError for a class that the model does not know, and for
     an unreadable image unless `allow_bad`; NumericsError where the model does not answer with numbers.
     """
     columns = torch.tensor(imagenet.match(dataset.classes, predictor.classes))
     seen = columns[torch.from_numpy(dataset.labels).unique()].unique()
     processes = processes or Processes()
-    share, double = _share(len(dataset), processes)
+    share, double = share_of(len(dataset), processes)
     images = top1 = top5 = top1_seen = 0
     loss, waiting, bad = 0.0, 0.0, []
     begin = asked = time.monotonic()
-    if takes_any_size(predictor):
+    if batches is not None:
+        loaded = batches
+    elif takes_any_size(predictor):
         loaded = _one_by_one(dataset, share)
     else:
         loaded = eval_batches(predictor.preprocessing, dataset, batch=batch, workers=workers, share=share)
-    with closing(loaded) as batches:  # pyright: ignore[reportArgumentType] (a generator, which ends its processes)
-        for part in batches:
+    with closing(loaded) as parts:  # pyright: ignore[reportArgumentType] (a generator, which ends its processes)
+        for part in parts:
             waiting += time.monotonic() - asked
             bad += part.get("bad", [])
             if bad and not allow_bad:
@@ -209,7 +214,7 @@ def _one_by_one(dataset: Dataset, share: Sequence[int]) -> Iterator[Batch]:
             yield {"images": image[None], "labels": torch.from_numpy(dataset.labels[index : index + 1])}
 
 
-def _share(images: int, processes: Processes) -> tuple[list[int], bool]:
+def share_of(images: int, processes: Processes) -> tuple[list[int], bool]:
     """The images that this process scores, and whether the last is one too many.
 
     All processes score equally many, since those that hold parts of one model must call it together.

@@ -23,6 +23,7 @@ class Attempt:
     leaves the others waiting.
     """
 
+    again: bool
     final: bool
     forgiving: bool
     failed: bool = False
@@ -50,8 +51,14 @@ class MicroBatch:
 
     def attempts(self) -> Iterator[Attempt]:
         """Attempts at the gradients of one update; the last of them succeeds. Raises MemoryExhaustedError."""
+        import torch
+
+        alone, again = self._processes.count == 1 and not self._rigid, False
         while True:
-            attempt = Attempt(final=not self._on_trial, forgiving=self._on_trial or self._alone)
+            # What a CUDA graph records cannot be repeated in other sizes.
+            recording = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+            forgiving = self._on_trial or (alone and not recording)
+            attempt = Attempt(again, final=not self._on_trial, forgiving=forgiving)
             yield attempt
             failed = self._processes.largest(attempt.failed) if self._on_trial else attempt.failed
             if failed:
@@ -60,10 +67,7 @@ class MicroBatch:
                 return
             else:
                 self._on_trial = False
-
-    @property
-    def _alone(self) -> bool:
-        return self._processes.count == 1 and not self._rigid
+            again = True
 
     def _halve(self) -> None:
         import torch

@@ -27,7 +27,6 @@ class Meter:
     def __init__(self, position: Position, processes: Processes):
         self._position, self._processes = position, processes
         self._sums: dict[str, Any] = dict(position.sums) if processes.first else {}
-        self._step: dict[str, Any] = {}
         self._finite: list[tuple[int, Tensor]] = []
         self._restart()
 
@@ -38,18 +37,13 @@ class Meter:
         """Count time spent waiting for data."""
         self._waited += seconds
 
-    def begin_step(self) -> None:
-        """An update begins, perhaps once more because the one before found too little memory."""
-        self._step = {}
+    def add(self, step: int, images: int, losses: dict[str, Tensor], norm: Tensor, finite: Tensor) -> None:
+        """An update from some images is done, or skipped because the norm of its gradient is not `finite`.
 
-    def add(self, losses: dict[str, Tensor], images: int) -> None:
-        """Count the losses of some images of the update under way."""
-        _add(self._step, {"images": images, **{name: value.detach() * images for name, value in losses.items()}})
-
-    def end_step(self, step: int, norm: Tensor, finite: Tensor) -> None:
-        """The update is done, or skipped because the norm of its gradient is not `finite`: then it counts nothing."""
-        self._seen += self._step["images"]
-        done = {**self._step, "grad_norm": norm * self._step["images"]}
+        Then it counts nothing.
+        """
+        self._seen += images
+        done = {"images": images} | {name: value * images for name, value in (losses | {"grad_norm": norm}).items()}
         _add(self._sums, {name: (finite * value).where(finite, 0.0) for name, value in done.items()})
         self._finite.append((step, finite))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Union
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -13,6 +13,9 @@ from vitcli.schema import Schema, wrong
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+
+Number = Union["float", "Tensor"]  # a tensor, float64 without dimensions, where updates are recorded
 
 
 class OptimConfig(Schema):
@@ -107,7 +110,8 @@ def build(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
     # Decay is applied by `update`, the same way for both, so the optimisers themselves are told of none.
     if config.name == "adam":
         betas = (config.beta1, config.beta2)
-        return torch.optim.Adam(groups, lr=0.0, betas=betas, eps=config.eps, fused=True)
+        on_gpu = named[0][1].is_cuda  # there updates may be recorded
+        return torch.optim.Adam(groups, lr=0.0, betas=betas, eps=config.eps, fused=True, capturable=on_gpu)
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, fused=True)
     if config.momentum:
         for _, parameter in named:
@@ -122,7 +126,7 @@ def clip(module: nn.Module, norm: float | None) -> Tensor:
     return torch.nn.utils.clip_grad_norm_(module.parameters(), torch.inf if norm is None else norm)
 
 
-def update(optimizer: torch.optim.Optimizer, lr: float, finite: Tensor) -> None:
+def update(optimizer: torch.optim.Optimizer, lr: Number, finite: Tensor) -> None:
     """One update with learning rate `lr`: decay the kernels by lr x weight decay, then step on the gradients.
 
     Where `finite`, a scalar, is false, nothing changes but that the gradients are gone. The device decides: this
@@ -131,8 +135,8 @@ def update(optimizer: torch.optim.Optimizer, lr: float, finite: Tensor) -> None:
     import torch
 
     for group in optimizer.param_groups:
-        group["lr"] = lr
-        if group["decay"] and lr:
+        group["lr"] = lr if isinstance(lr, int | float) else lr.float()
+        if group["decay"]:
             kept = _either(finite, 1 - lr * group["decay"], 1.0, group["params"][0])
             with torch.no_grad():
                 torch._foreach_mul_(group["params"], kept)  # pyright: ignore[reportPrivateImportUsage]
@@ -141,11 +145,13 @@ def update(optimizer: torch.optim.Optimizer, lr: float, finite: Tensor) -> None:
     optimizer.zero_grad()
 
 
-def _either(finite: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
+def _either(finite: Tensor, yes: Number, no: float, like: Tensor) -> Tensor:
     """One of two numbers, chosen on the device, in the type of `like`."""
     import torch
 
-    return torch.where(finite, finite.new_full((), yes, dtype=torch.float64), no).to(like.dtype)
+    if isinstance(yes, int | float):
+        yes = finite.new_full((), yes, dtype=torch.float64)
+    return torch.where(finite, yes, no).to(like.dtype)
 
 
 def state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
@@ -179,13 +185,16 @@ class Average:
         self.live: dict[str, Tensor] = dict(module.named_parameters())
         self.tensors = {name: p.detach().clone() for name, p in self.live.items()}
 
-    def update(self, step: int, finite: Tensor) -> None:
-        """Take in the weights after update `step`, unless it was skipped because its gradient was not `finite`."""
+    def share(self, step: int) -> float:
+        """The weight that the weights after update `step` have in the average."""
+        return 1 - min(self.decay, (1 + step) / (10 + step))
+
+    def update(self, share: Number, finite: Tensor) -> None:
+        """Take in the weights after an update, unless it was skipped because its gradient was not `finite`."""
         import torch
 
-        decay = min(self.decay, (1 + step) / (10 + step))
         averages = list(self.tensors.values())
-        share = _either(finite, 1 - decay, 0.0, averages[0])
+        share = _either(finite, share, 0.0, averages[0])
         with torch.no_grad():
             steps = torch._foreach_sub(list(self.live.values()), averages)  # pyright: ignore[reportPrivateImportUsage]
             torch._foreach_mul_(steps, share)  # pyright: ignore[reportPrivateImportUsage]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field, PositiveInt, model_validator
@@ -29,6 +30,9 @@ class RuntimeConfig(Schema):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where it is faster")
     attention: Literal["auto", "sdpa", "explicit"] = Field("auto", description="explicit is faster on CPUs in bf16")
+    residual: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="the tokens between blocks; norms and losses stay fp32; auto: as precision on cuda"
+    )
     compile: bool | None = Field(None, description="torch.compile the blocks; null: on cuda")
     micro_batch: PositiveInt | None = Field(None, description="images in memory at a time; null: the whole batch")
     threads: PositiveInt | None = Field(None, description="CPU threads; null: the physical cores")
@@ -51,6 +55,7 @@ class Runtime:
 
     device: torch.device
     precision: str
+    residual: str
     attention: str
     compile: bool
     threads: int
@@ -58,29 +63,41 @@ class Runtime:
     def prepare(self, module: Module) -> Module:
         """Move a module to the device and set how it computes; its parameters keep their names."""
         from vitcli.model.attention import Attention, AttentionPool, explicit_attention
+        from vitcli.model.vit import ViT
 
         module.to(self.device)
         attend = explicit_attention if self.attention == "explicit" else sdpa
         for part in module.modules():
             if isinstance(part, Attention | AttentionPool):
                 part.attend = attend
+            if isinstance(part, ViT) and self.residual == "bf16":
+                part.norm_pre.register_forward_hook(_in_bf16)
         if self.compile:
-            import torch._dynamo
-
-            blocks = [part for name, part in module.named_modules() if name.rpartition(".")[0].endswith("blocks")]
-            # Blocks with a stochastic depth of their own are graphs of their own, in training and in evaluation.
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 + 4 * len(blocks))
-            for part in blocks:
-                part.compile()
+            self._compile(module)
         return module
 
-    def put(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The batch on the device."""
-        pinned = self.device.type == "cuda"
-        return {
-            key: (value.pin_memory() if pinned else value).to(self.device, non_blocking=pinned)
-            for key, value in batch.items()
-        }
+    def _compile(self, module: Module) -> None:
+        """Compile each block; where Triton is, its kernels in place of what a compiler leaves apart."""
+        from vitcli.model.feedforward import FeedForward
+        from vitcli.model.stem import PatchEmbed, project_as_rows
+
+        if self.device.type == "cuda":
+            from vitcli.kernels import linear_gelu
+
+            for part in module.modules():
+                if isinstance(part, FeedForward) and getattr(part.activation, "approximate", "") == "tanh":
+                    part.hidden = partial(linear_gelu, part.fc1)
+                if isinstance(part, PatchEmbed):
+                    part.project = partial(project_as_rows, part.proj)
+        for name, part in module.named_modules():
+            if name.rpartition(".")[0].endswith("blocks"):
+                part.compile()
+
+    def recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` as one CUDA graph, where that is how this runtime computes; else itself."""
+        from vitcli.graph import Recorded
+
+        return Recorded(function, self.device) if self.compile and self.device.type == "cuda" else function
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -107,6 +124,7 @@ class Runtime:
         return {
             "device": torch.cuda.get_device_name(self.device) if cuda else self.device.type,
             "precision": self.precision,
+            "residual": self.residual,
             "attention": self.attention,
             "compile": self.compile,
             "threads": self.threads,
@@ -114,6 +132,12 @@ class Runtime:
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "machine": platform.machine(),
         }
+
+
+def _in_bf16(_: nn.Module, __: Any, tokens: Tensor) -> Tensor:
+    import torch
+
+    return tokens.to(torch.bfloat16)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
@@ -154,6 +178,9 @@ def start(config: RuntimeConfig, earlier: dict[str, Any] | None = None, processe
     }
     if chosen["attention"] == "auto":
         chosen["attention"] = "explicit" if device.type == "cpu" and chosen["precision"] == "bf16" else "sdpa"
+    chosen["residual"] = config.residual
+    if config.residual == "auto":
+        chosen["residual"] = chosen["precision"] if device.type == "cuda" else "fp32"
     chosen |= {key: earlier[key] for key in chosen if earlier and key in earlier}
     return Runtime(device=device, threads=threads, **chosen)
 

@@ -7,20 +7,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitcli import checkpoint, optim, rng
 from vitcli import runtime as runtimes
 from vitcli.checkpoint import Position, Trained
-from vitcli.data.loader import epoch_steps, fingerprint, train_batches
+from vitcli.data.loader import Kept, epoch_steps, eval_batches, fingerprint, is_small, train_batches
 from vitcli.data.mix import mix_share, one_hot, places
 from vitcli.data.preprocess import normalise
 from vitcli.engine import Engine, exact_size
 from vitcli.errors import CheckpointError, DataError
-from vitcli.inference import TorchPredictor, score
+from vitcli.inference import TorchPredictor, score, share_of
 from vitcli.memory import MicroBatch
 from vitcli.meter import Meter
+from vitcli.optim import Number
 from vitcli.processes import Processes, plain, whole
 from vitcli.profiling import profiled
 from vitcli.report.plots import draw_results
@@ -112,6 +114,18 @@ def fit(
     _compare(environment, earlier, progress)
     run.write("env.json", json.dumps(environment, indent=1))
     predictor = TorchPredictor(module.model, classes, recipe.data.preprocessing, runtime, origin=str(run.path))
+    held_out = Kept(
+        partial(
+            eval_batches,
+            recipe.data.preprocessing,
+            val_set,
+            batch=len(share),
+            workers=recipe.data.workers,
+            share=share_of(len(val_set), processes)[0],
+        ),
+        small=runtime.device.type == "cuda" and is_small(len(val_set), recipe.data.res),
+        device=runtime.device,
+    )
 
     def evaluate() -> None:
         """Score the weights (the average, if there is one) and keep them if they are the best."""
@@ -119,10 +133,10 @@ def fit(
             scores = score(
                 predictor,
                 val_set,
-                batch=micro_batch.size,
-                workers=recipe.data.workers,
+                batch=len(share),
                 on_batch=stop.check if processes.count == 1 else None,
                 processes=processes,
+                batches=held_out(),
             )
             if position.best_score is None or scores.top1 > position.best_score:
                 position.best_score, position.best_step = scores.top1, position.step
@@ -164,9 +178,43 @@ def fit(
         steps=steps,
         places=places(share, recipe.batch, recipe.data.augment),
         neighbours=processes.neighbours,
+        device=runtime.device,
     )
     rigid = bool(recipe.runtime.exact) or (processes.count > 1 and recipe.runtime.shard == "fsdp")
     micro_batch = MicroBatch(_at_a_time(recipe, position, processes), position, processes, rigid, progress.note)
+
+    def seed(part: int) -> None:
+        """Let the model's chance in a part of this process's share follow from the step and the part's place."""
+        first = processes.rank * -(-len(share) // micro_batch.size)
+        runtimes.seed(rng.torch_seed(recipe.seed, Stream.MODEL, position.step, first + part))
+
+    def learn(
+        images: Tensor, targets: Tensor, lr: Number, share_of_new: Number
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """One update of the weights and their average: the objective's scalars, the gradient's norm, is it finite."""
+        means: dict[str, Tensor] = {}
+        for attempt in micro_batch.attempts():
+            with attempt:
+                losses, means = {}, {}  # a failed attempt's losses hold what its backward pass needed
+                module.zero_grad()
+                for index, part in enumerate(parts := _micro_batches(images, targets, micro_batch.size)):
+                    if index or attempt.again:
+                        seed(index)
+                    weight = len(part["images"]) / len(share)
+                    with engine.part(last=attempt.final and index == len(parts) - 1):
+                        with runtime.autocast():
+                            losses = engine.forward(part)
+                        (losses["loss"] * weight).backward()
+                    for name, value in losses.items():
+                        means[name] = means.get(name, 0.0) + value.detach() * weight
+        norm = optim.clip(module, recipe.optim.clip)
+        finite = norm.isfinite()
+        optim.update(optimizer, lr, finite)
+        if average:
+            average.update(share_of_new, finite)
+        return means, plain(norm), plain(finite)
+
+    recorded = runtime.recorded(learn)
     with (
         Stop() as stop,
         Saver() as saver,
@@ -196,33 +244,16 @@ def fit(
             for bad in batch.pop("bad", ()):
                 position.bad_images += 1
                 progress.note(f"replaced an unreadable image: {bad}")
-            batch = runtime.put(batch)
             images = normalise(batch["images"], recipe.data)
             targets = one_hot(batch["labels"], len(classes))
             chance = rng.generator(recipe.seed, Stream.MIX, step)
             images, targets = mix_share(images, targets, len(share), recipe.data.augment, chance)
 
-            for attempt in micro_batch.attempts():
-                with attempt:
-                    losses = {}  # those of a failed attempt hold what its backward pass needed
-                    module.zero_grad()
-                    meter.begin_step()
-                    parts = _micro_batches(images, targets, micro_batch.size)
-                    for index, part in enumerate(parts, start=processes.rank * len(parts)):
-                        runtimes.seed(rng.torch_seed(recipe.seed, Stream.MODEL, step, index))
-                        with engine.part(last=attempt.final and part is parts[-1]):
-                            with runtime.autocast():
-                                losses = engine.forward(part)
-                            (losses["loss"] * len(part["images"]) / len(share)).backward()
-                        meter.add(losses, len(part["images"]))
-
-            norm = optim.clip(module, recipe.optim.clip)
-            finite = norm.isfinite()
             lr = optim.learning_rate(recipe.optim, step, steps, warmup)
-            optim.update(optimizer, lr, finite)
-            if average:
-                average.update(step, finite)
-            meter.end_step(step, plain(norm), plain(finite))
+            seed(0)
+            update = recorded if micro_batch.size == recipe.batch else learn
+            losses, norm, finite = update(images, targets, lr, average.share(step) if average else 0.0)
+            meter.add(step, len(share), losses, norm, finite)
             position.step = step + 1
 
             profile_step()

@@ -73,6 +73,7 @@ class Augment(Schema):
     mixup: float = Field(0.0, ge=0, description="alpha of Beta(alpha, alpha); 0: off (arXiv 1710.09412)")
     cutmix: float = Field(0.0, ge=0, description="alpha of Beta(alpha, alpha); 0: off (arXiv 1905.04899)")
     # With both on, each batch takes one of them, half of the time each.
+    mix: Share = Field(1.0, description="share of the batches that mixup and cutmix are for")
 
     @model_validator(mode="after")
     def _check(self) -> Augment:
@@ -95,6 +96,9 @@ class DataConfig(Preprocessing):
     images: PositiveInt | None = Field(None, description="training images; only --dry-run without the data needs it")
     augment: Augment = Augment.parse({})
     bad_images: Share = Field(0.0, description="share of unreadable training images to replace; above it training ends")
+    keep: bool | None = Field(
+        None, description="training images stay on the device, for random and central crops; null: few, on cuda"
+    )
     workers: int | None = Field(None, ge=0, description="loader processes; null: chosen by the source and the cores")
 
     @model_validator(mode="after")
@@ -102,6 +106,8 @@ class DataConfig(Preprocessing):
         crop = self.augment
         if crop.resize and any(side + 2 * crop.pad < res for side, res in zip(crop.resize, self.res, strict=True)):
             raise wrong("augment.resize", "is smaller than res: nothing is left to crop")
+        if self.keep and crop.crop == "inception_crop":
+            raise wrong("keep", "goes with augment.crop: random_crop or central_crop")
         return self
 
     @property

@@ -1,47 +1,45 @@
-"""What training does to one image. All chance comes from the generator that is handed in.
+"""What training does to images: a crop of each, on the way in; then, to a batch on the device, all that keeps its size.
 
-With `rng.generator(seed, Stream.AUGMENT, epoch, index)` the result depends on nothing else: not on the number of
-loader processes, nor on which images came before.
+With the generators of (seed, Stream.CROP, epoch, index) and (seed, Stream.PIXELS, epoch, index) the result depends on
+nothing else: not on the number of loader processes, the device, or which images share a batch.
 """
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image
 from torch import Tensor
 
 from vitcli.data import Augment, DataConfig
+from vitcli.data.place import put
 from vitcli.data.preprocess import pixels, prepare, resize, shorter_side
-from vitcli.data.randaugment import randaugment
+from vitcli.data.randaugment import Images, blend, grey, randaugment
+from vitcli.rng import Generators
 
 Box = tuple[int, int, int, int]
+TRIES = 10  # of a rectangle to erase
+ORDERS = list(permutations(range(3)))
 
 
-def augment(image: Image.Image, config: DataConfig, rng: np.random.Generator) -> Tensor:
-    """An RGB image as uint8 (3, height, width) of the model's resolution: crop, flip, RandAugment, colour, erasing."""
-    how = config.augment
-    image = _crop(image, config, rng)
-    if how.flip and rng.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if how.randaugment:
-        image = randaugment(image, how.randaugment.n, how.randaugment.m, rng)
-    if how.color_jitter:
-        image = color_jitter(image, how.color_jitter, rng)
-    x = pixels(image)
-    if how.random_erasing and rng.random() < how.random_erasing:
-        x = erase(x, config, rng)
-    return x
-
-
-def _crop(image: Image.Image, config: DataConfig, rng: np.random.Generator) -> Image.Image:
+def crop(image: Image.Image, config: DataConfig, rng: np.random.Generator) -> Tensor:
+    """An RGB image as uint8 (3, height, width) of the model's resolution."""
     how = config.augment
     if how.crop == "inception_crop":
         image = image.crop(inception_box(image.size, how.area, how.aspect, rng))
-        return resize(image, config.res, how.interpolation, how.antialias)
-    if how.crop == "random_crop":
-        return random_crop(image, config.res, how, rng)
-    return Image.fromarray(prepare(image, config.preprocessing).permute(1, 2, 0).numpy())
+        return pixels(resize(image, config.res, how.interpolation, how.antialias))
+    x = before_crop(image, config)
+    return x if how.crop == "central_crop" else random_crop(x, config.res, how.pad, rng)
+
+
+def before_crop(image: Image.Image, config: DataConfig) -> Tensor:
+    """What a random or central crop does to an image that chance has no part in: uint8 (3, h, w)."""
+    how = config.augment
+    if how.crop == "central_crop":
+        return prepare(image, config.preprocessing)
+    return pixels(resize(image, how.resize or shorter_side(image, max(config.res)), how.interpolation, how.antialias))
 
 
 def inception_box(
@@ -69,37 +67,98 @@ def inception_box(
     return 0, 0, width, height
 
 
-def random_crop(image: Image.Image, res: tuple[int, int], how: Augment, rng: np.random.Generator) -> Image.Image:
-    """Resize, pad with black, and cut (height, width) from a random place."""
-    height, width = res
-    image = resize(image, how.resize or shorter_side(image, max(res)), how.interpolation, how.antialias)
-    top = int(rng.integers(-how.pad, image.height - height + how.pad, endpoint=True))
-    left = int(rng.integers(-how.pad, image.width - width + how.pad, endpoint=True))
-    return image.crop((left, top, left + width, top + height))
+def random_crop(x: Tensor, res: tuple[int, int], pad: int, rng: np.random.Generator) -> Tensor:
+    """(height, width) from a random place of an image (3, h, w) that is padded with black."""
+    return random_crops(x[None], res, pad, rng.random(2)[None])[0]
 
 
-def color_jitter(image: Image.Image, share: float, rng: np.random.Generator) -> Image.Image:
+def random_crops(images: Images, res: tuple[int, int], pad: int, chance: np.ndarray) -> Images:
+    """The same of a batch, with two numbers in [0, 1) for each image: how far down and across."""
+    rows, columns = (
+        _window(side, length, pad, chance[:, axis], images.device)
+        for axis, (side, length) in enumerate(zip(images.shape[-2:], res, strict=True))
+    )
+    padded = torch.nn.functional.pad(images, (pad,) * 4)
+    each = torch.arange(len(images), device=images.device)[:, None, None]
+    # The channels come last where rows and columns are chosen for each image.
+    return padded.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def _window(side: int, length: int, pad: int, chance: np.ndarray, device: torch.device) -> Tensor:
+    """The rows, or columns, that each image keeps of a padded side: int64 (b, length)."""
+    first = torch.from_numpy((chance * (side + 2 * pad - length + 1)).astype(np.int64))
+    return put(first, device)[:, None] + torch.arange(length, device=device)
+
+
+def augment(images: Images, config: DataConfig, chance: Generators) -> Images:
+    """Cropped images on any device: flip, RandAugment, colour, erasing."""
+    how = config.augment
+    if how.flip:
+        mirrored = put(torch.from_numpy(chance.random(1)[:, 0] < 0.5), images.device)[:, None, None, None]
+        images = torch.where(mirrored, images.flip(-1), images)
+    if how.randaugment:
+        images = randaugment(images, how.randaugment.n, how.randaugment.m, chance)
+    if how.color_jitter:
+        images = color_jitter(images, how.color_jitter, chance)
+    if how.random_erasing:
+        images = erase(images, how, config.mean, config.std, chance)
+    return images
+
+
+def color_jitter(images: Images, share: float, chance: Generators) -> Images:
     """Brightness, contrast and saturation, in random order, each times a number from 1 - share to 1 + share."""
-    jitters = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-    for which in rng.permutation(3):
-        image = jitters[which](image).enhance(rng.uniform(max(0.0, 1 - share), 1 + share))
-    return image
+    drawn = chance.random(4)
+    low = max(0.0, 1 - share)
+    factors = put(torch.from_numpy(low + (1 + share - low) * drawn[:, 1:]), images.device).float()
+    orders = np.array(ORDERS)[(drawn[:, 0] * len(ORDERS)).astype(int)]
+    images = images.clone()
+    for place in range(3):
+        for which, towards in enumerate((torch.zeros_like, _mean_grey, grey)):
+            here = put(torch.from_numpy(np.flatnonzero(orders[:, place] == which)), images.device)
+            if len(here):
+                some = images[here]
+                images[here] = blend(towards(some), some, factors[here, which][:, None, None, None])
+    return images
 
 
-def erase(x: Tensor, config: DataConfig, rng: np.random.Generator) -> Tensor:
-    """uint8 (3, h, w) with noise in a rectangle of 2 % to 33 % of the area and aspect 0.3 to 3.3 (arXiv 1708.04896).
+def _mean_grey(images: Images) -> Images:
+    """What PIL's contrast pulls towards: the mean luminance of each image."""
+    return (grey(images).double().mean((1, 2, 3), keepdim=True) + 0.5).to(torch.uint8)
+
+
+def erase(images: Images, how: Augment, mean: tuple[float, ...], std: tuple[float, ...], chance: Generators) -> Images:
+    """Noise in a rectangle of 2 % to 33 % of the area and aspect 0.3 to 3.3 (arXiv 1708.04896), where chance will.
 
     The noise is normal with the mean and spread of the normalisation, so that the model sees N(0, 1), as in the
-    recipes of DeiT and MAE; levels outside 0 to 255 are clipped. After 10 tries the image stays as it is.
+    recipes of DeiT and MAE; levels outside 0 to 255 are clipped. After ten tries an image stays as it is.
     """
-    _, height, width = x.shape
-    for _ in range(10):
-        area, ratio = rng.uniform(0.02, 1 / 3) * height * width, np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3)))
-        h, w = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
-        if 0 < h < height and 0 < w < width:
-            top, left = int(rng.integers(height - h, endpoint=True)), int(rng.integers(width - w, endpoint=True))
-            noise = rng.standard_normal((h, w, 3)) * config.std + config.mean
-            noise = torch.from_numpy((noise * 255).clip(0, 255).round().astype(np.uint8)).permute(2, 0, 1)
-            x[:, top : top + h, left : left + w] = noise
-            return x
-    return x
+    height, width = images.shape[-2:]
+    first = chance.random(4)
+    area, ratio, down, across = np.moveaxis(chance.random(4 * TRIES).reshape(-1, TRIES, 4), -1, 0)
+    area = (0.02 + (1 / 3 - 0.02) * area) * height * width
+    ratio = 0.3 ** (1 - 2 * ratio)
+    h, w = np.rint((area * ratio) ** 0.5), np.rint((area / ratio) ** 0.5)
+    fits = (h > 0) & (h < height) & (w > 0) & (w < width)
+    each, found = np.arange(len(images)), fits.argmax(1)  # the first that fits
+    chosen = np.flatnonzero((first[:, 0] < how.random_erasing) & fits.any(1))
+    if not len(chosen):
+        return images
+    h, w, down, across = (values[each, found][chosen] for values in (h, w, down, across))
+    top, left = np.floor(down * (height - h + 1)), np.floor(across * (width - w + 1))
+    box = np.stack([top, top + h, left, left + w, np.floor(first[chosen, 1] * 2**32)]).astype(np.int64)
+    top, bottom, left, right, seeds = put(torch.from_numpy(box), images.device)[:, :, None, None]
+    rows, columns = (torch.arange(side, device=images.device) for side in (height, width))
+    inside = (rows[:, None] >= top) & (rows[:, None] < bottom) & (columns >= left) & (columns < right)
+    spread, centre = (torch.tensor(values, device=images.device).double()[:, None, None] for values in (std, mean))
+    noise = _noise(seeds[..., None], images.shape[1:], images.device) * spread + centre
+    noise = (noise * 255).round().clamp(0, 255).to(torch.uint8)
+    here = put(torch.from_numpy(chosen), images.device)
+    return images.index_put((here,), torch.where(inside[:, None], noise, images[here]))
+
+
+def _noise(seeds: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
+    """Normal numbers, float64 (b, *shape), from the seeds of each image: a hash (murmur3's) of seed and place."""
+    bits = (torch.arange(shape.numel(), device=device).view(shape) * 0x9E3779B1 + seeds) & 0xFFFFFFFF
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        bits = ((bits ^ (bits >> shift)) * factor) & 0xFFFFFFFF
+    return torch.erfinv((2 * bits.double() + 1) / 2**32 - 1) * 2**0.5

@@ -1,17 +1,21 @@
 """Batches of images, decoded here or in other processes, and the same to the bit however many there are.
 
 The order and all chance follow from (seed, epoch, index), and the place in the data from the step alone: a run can
-start at any step at once, and there is no state to save.
+start at any step at once, and there is no state to save. Loader processes decode and crop; all that then keeps an
+image's size is done to whole batches, on the device. Small sets are kept there, and need no loading.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from functools import partial
+from itertools import groupby, islice, tee
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -20,8 +24,9 @@ from torch import Tensor
 
 from vitcli import rng
 from vitcli.data import DataConfig, Preprocessing
-from vitcli.data.augment import augment
+from vitcli.data.augment import augment, before_crop, crop, random_crops
 from vitcli.data.images import BadImage
+from vitcli.data.place import ahead, put
 from vitcli.data.preprocess import prepare
 from vitcli.data.sources import Dataset
 from vitcli.data.workers import Part, Sample, load, start_server
@@ -30,10 +35,16 @@ from vitcli.rng import Stream
 
 CHUNK = 256  # images that a process loads at a time: a larger batch comes in parts
 TRIES = 100  # how often a replacement for one broken image is sought
-FEW, SMALL = 1000, 64  # fewer images, or small ones in memory without RandAugment, are loaded by this process
+FEW, SMALL = 1000, 64  # fewer images, or small ones in memory, are loaded by this process
 MOST_WORKERS = 16  # beyond, handing over costs more than another process brings
+AT_ONCE = 4096  # images that are augmented together where they are kept on the device
+KEPT_BYTES = 2**31  # of a set that is kept on the device unless the recipe says otherwise
+
+OTHER_SIZE = "its size is not that of the first image,"
+CPU = torch.device("cpu")
 
 Batch = dict[str, Any]
+Positions = tuple[int, np.ndarray]  # an epoch, and indices of images
 
 
 def epoch_steps(dataset: Dataset, batch: int) -> int:
@@ -62,22 +73,26 @@ def train_batches(
     steps: int,
     places: Sequence[int] | None = None,
     neighbours: int = 1,
+    device: torch.device = CPU,
 ) -> Iterator[Batch]:
     """The batches of the updates `start` to `steps`: "images" uint8 (b, 3, h, w), augmented, and "labels" int64 (b,).
 
-    `places` are those of the batch to load, in their order, where other processes load the rest; `neighbours` of
-    them share this machine. A batch in which broken images were replaced has "bad" too, a list of BadImage. Raises
-    BadImage where none may be replaced, and DataError beyond the share that may, if `batch` is too large, or if a
-    loader process is killed.
+    They are made on the `device`, on CUDA ahead of their turn. `places` are those of the batch to load, in their
+    order, where other processes load the rest; `neighbours` of them share this machine. A batch in which broken
+    images were replaced has "bad" too, a list of BadImage. Raises BadImage where none may be replaced, and DataError
+    beyond the share that may, if `batch` is too large, or if a loader process is killed.
     """
     epoch_steps(dataset, batch)
     places = range(batch) if places is None else places
-    easy = _is_easy(dataset, data.res) and not data.augment.randaugment
-    workers = _workers(data.workers, easy, len(places) * (steps - start), neighbours)
+    count = len(places) * (steps - start)
+    workers = _workers(data.workers, _is_easy(dataset, data.res), count, neighbours)
+    order = _order(len(dataset), batch, seed, range(start, steps), list(places))
+    kept = _kept(data, dataset, device, count, workers)
+    if kept is not None:
+        return ahead(_kept_batches(data, dataset, seed, order, len(places), kept), device)
     if workers:
         start_server()  # it imports torch while the caller builds a model
-    order = _order(len(dataset), batch, seed, range(start, steps), places)
-    return _train_batches(data, dataset, seed, order, steps - start, len(places), workers)
+    return ahead(_loaded_batches(data, dataset, seed, order, workers, device), device)
 
 
 def eval_batches(
@@ -102,25 +117,106 @@ def eval_batches(
             yield _join([part])
 
 
-def _train_batches(
-    data: DataConfig,
-    dataset: Dataset,
-    seed: int,
-    order: Iterator[list[tuple[int, int]]],
-    steps: int,
-    batch: int,
-    workers: int,
-) -> Iterator[Batch]:
+class Kept:
+    """The batches of `make`, the same each time: made once if they are `small`, and then kept on the device."""
+
+    def __init__(self, make: Callable[[], Iterator[Batch]], small: bool, device: torch.device):
+        self._make, self._small, self._device = make, small, device
+        self._batches: list[Batch] | None = None
+
+    def __call__(self) -> Iterator[Batch]:
+        """All batches, from the first."""
+        if self._batches is not None:
+            yield from self._batches
+            return
+        batches: list[Batch] = []
+        with closing(self._make()) as made:  # pyright: ignore[reportArgumentType] (a generator)
+            for batch in made:
+                if self._small:
+                    batch["images"] = put(batch["images"], self._device)
+                    batches.append(batch)
+                yield batch
+        if self._small:
+            self._batches = batches
+
+
+def is_small(images: int, res: Sequence[int]) -> bool:
+    """Whether so many images are kept on a CUDA device unasked."""
+    return images * 3 * math.prod(res) <= KEPT_BYTES
+
+
+def _loaded_batches(
+    data: DataConfig, dataset: Dataset, seed: int, order: Iterator[Positions], workers: int, device: torch.device
+) -> Generator[Batch, None, None]:
+    """Decoded and cropped by loader processes in parts of a batch, then joined and augmented on the device."""
     sample = partial(_training_sample, data, dataset, seed)
     broken: dict[int, BadImage] = {}
-    with closing(load(sample, data.res, order, workers)) as loaded:
-        for _ in range(steps):
-            parts = [next(loaded) for _ in range(0, batch, CHUNK)]
+    order, asked = tee(order)
+    with closing(load(sample, data.res, _parts(asked), workers)) as loaded:
+        for epoch, indices in order:
+            parts = [next(loaded) for _ in range(0, len(indices), CHUNK)]
             broken |= {index: BadImage(path, reason) for part in parts for index, path, reason in part["bad"]}
-            complete = sum(len(part["labels"]) for part in parts) == batch
+            complete = sum(len(part["labels"]) for part in parts) == len(indices)
             if not complete or len(broken) > data.bad_images * len(dataset):
                 raise _too_many(list(broken.values()), data.bad_images, len(dataset))
-            yield _join(parts)
+            batch = _join(parts)
+            images, labels = put(batch["images"], device), put(batch["labels"], device)
+            chance = rng.Generators(seed, Stream.PIXELS, epoch, indices)
+            yield batch | {"images": augment(images, data, chance), "labels": labels}
+
+
+def _kept_batches(
+    data: DataConfig, dataset: Dataset, seed: int, order: Iterator[Positions], batch: int, images: Tensor
+) -> Generator[Batch, None, None]:
+    """The same from images (n, 3, h, w) that are on the device already.
+
+    Several batches are made at once: small ones cost a GPU less than it costs to ask for them.
+    """
+    labels = put(torch.from_numpy(dataset.labels), images.device)
+    for epoch, several in _together(order, max(1, AT_ONCE // batch)):
+        indices = np.concatenate(several)
+        here = put(torch.from_numpy(indices), images.device)
+        chosen = images[here]
+        if data.augment.crop == "random_crop":
+            chance = rng.Generators(seed, Stream.CROP, epoch, indices).random(2)
+            chosen = random_crops(chosen, data.res, data.augment.pad, chance)
+        chance = rng.Generators(seed, Stream.PIXELS, epoch, indices)
+        for some, own in zip(augment(chosen, data, chance).split(batch), labels[here].split(batch), strict=True):
+            yield {"images": some, "labels": own}
+
+
+def _together(order: Iterator[Positions], count: int) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """`count` batches that follow one another; fewer at the end of an epoch."""
+    for epoch, positions in groupby(order, key=itemgetter(0)):
+        while several := [indices for _, indices in islice(positions, count)]:
+            yield epoch, several
+
+
+def _kept(data: DataConfig, dataset: Dataset, device: torch.device, count: int, workers: int) -> Tensor | None:
+    """All images (n, 3, h, w), as they are before chance comes in, on the device; None if they are not kept there.
+
+    Raises DataError where the recipe wants them kept and they differ in size; broken ones are left to be met in turn.
+    """
+    if data.augment.crop == "inception_crop" or not (device.type == "cuda" if data.keep is None else data.keep):
+        return None
+    first, *_ = _whole_sample(data, dataset, None, 0)
+    if first is None:
+        return None
+    _, *size = first.shape
+    if data.keep is None and (count <= len(dataset) or not is_small(len(dataset), size)):
+        return None
+    images = torch.empty((len(dataset), 3, *size), dtype=torch.uint8, device=device)
+    chunks = [list(range(i, min(i + CHUNK, len(dataset)))) for i in range(0, len(dataset), CHUNK)]
+    with closing(load(partial(_whole_sample, data, dataset, first.shape), size, chunks, workers)) as loaded:
+        for chunk, part in zip(chunks, loaded, strict=True):
+            if part["bad"]:
+                _, path, reason = part["bad"][0]
+                if data.keep and reason.startswith(OTHER_SIZE):
+                    hint = "give all one size with data.augment.resize=[HEIGHT, WIDTH], or leave out data.keep"
+                    raise BadImage(path, reason, hint)
+                return None
+            images[chunk[0] : chunk[-1] + 1] = put(part["images"], device)
+    return images
 
 
 def _too_many(broken: list[BadImage], share: float, images: int) -> DataError:
@@ -134,23 +230,28 @@ def _too_many(broken: list[BadImage], share: float, images: int) -> DataError:
     )
 
 
-def _order(images: int, batch: int, seed: int, steps: range, places: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
-    """(epoch, index) of the images of each part of each batch. An epoch is a permutation without its partial batch."""
+def _order(images: int, batch: int, seed: int, steps: range, places: Sequence[int]) -> Iterator[Positions]:
+    """Epoch and indices of the images of each batch. An epoch is a permutation without its partial batch."""
     epoch, order = -1, np.empty(0, dtype=np.int64)
     for step in steps:
         now, place = divmod(step, images // batch)
         if now != epoch:
             epoch, order = now, rng.generator(seed, Stream.SHUFFLE, now).permutation(images)
-        whole = order[place * batch : (place + 1) * batch]
-        chosen = [(epoch, int(whole[place])) for place in places]
-        yield from (chosen[i : i + CHUNK] for i in range(0, len(chosen), CHUNK))
+        yield epoch, order[place * batch : (place + 1) * batch][places]
+
+
+def _parts(positions: Iterator[Positions]) -> Iterator[list[tuple[int, int]]]:
+    """(epoch, index) of each image, in parts of a batch that a process loads at a time."""
+    for epoch, indices in positions:
+        pairs = [(epoch, int(index)) for index in indices]
+        yield from (pairs[i : i + CHUNK] for i in range(0, len(pairs), CHUNK))
 
 
 def _training_sample(data: DataConfig, dataset: Dataset, seed: int, position: tuple[int, int]) -> Sample:
-    """The augmented image of (epoch, index), or of another index if that one is broken and may be replaced."""
+    """The cropped image of (epoch, index), or of another index if that one is broken and may be replaced."""
     epoch, index = position
     others = rng.generator(seed, Stream.REPLACE, epoch, index)
-    chance = rng.generator(seed, Stream.AUGMENT, epoch, index)
+    chance = rng.generator(seed, Stream.CROP, epoch, index)
     bad = []
     for _ in range(TRIES if data.bad_images else 1):
         try:
@@ -159,8 +260,20 @@ def _training_sample(data: DataConfig, dataset: Dataset, seed: int, position: tu
             bad.append((index, error.path, error.reason))
             index = int(others.integers(len(dataset)))
         else:
-            return augment(image, data, chance), int(dataset.labels[index]), bad
+            return crop(image, data, chance), int(dataset.labels[index]), bad
     return None, 0, bad
+
+
+def _whole_sample(data: DataConfig, dataset: Dataset, shape: torch.Size | None, index: int) -> Sample:
+    """An image before chance comes in. One of another `shape` is as useless as a broken one."""
+    try:
+        image = before_crop(dataset.image(index), data)
+    except BadImage as error:
+        return None, 0, [(index, error.path, error.reason)]
+    if shape is not None and image.shape != shape:
+        sizes = f"{shape[2]}x{shape[1]}: {image.shape[2]}x{image.shape[1]}"
+        return None, 0, [(index, dataset.path(index), f"{OTHER_SIZE} {sizes}")]
+    return image, int(dataset.labels[index]), []
 
 
 def _eval_sample(preprocessing: Preprocessing, dataset: Dataset, index: int) -> Sample:

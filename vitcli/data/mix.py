@@ -35,6 +35,8 @@ def mix(images: Tensor, targets: Tensor, config: Augment, rng: np.random.Generat
     One decision and one share for the whole batch. With both mixup and cutmix on, each is taken half of the time.
     `rng` is that of (seed, Stream.MIX, step).
     """
+    if config.mix < 1 and rng.random() >= config.mix:
+        return images, targets
     if config.mixup and config.cutmix:
         return (mixup if rng.random() < 0.5 else cutmix)(images, targets, config, rng)
     if config.mixup:

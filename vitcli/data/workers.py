@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypedDict
@@ -40,7 +40,7 @@ class Part(TypedDict):
 
 
 def load(
-    sample: Callable[[Any], Sample], res: tuple[int, int], positions: Iterable[list[Any]], workers: int
+    sample: Callable[[Any], Sample], res: Sequence[int], positions: Iterable[list[Any]], workers: int
 ) -> Generator[Part, None, None]:
     """`sample` of each position, in parts as `positions` gives them; in this process if `workers` is 0.
 
@@ -89,7 +89,7 @@ def start_server() -> None:
 class _Source:
     """What a worker holds, as torch's data sets look."""
 
-    def __init__(self, sample: Callable[[Any], Sample], res: tuple[int, int]):
+    def __init__(self, sample: Callable[[Any], Sample], res: Sequence[int]):
         self.sample, self.res = sample, res
 
     def __getitems__(self, positions: list[Any]) -> Part:

@@ -48,5 +48,8 @@ class FeedForward(nn.Module):
             nn.init.normal_(linear.bias, std=1e-6)
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        x = self.dropout(self.activation(self.fc1(x)))
-        return self.dropout(self.fc2(x))
+        return self.dropout(self.fc2(self.dropout(self.hidden(x))))
+
+    def hidden(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b h"]:
+        """The first layer and the activation, which a runtime may replace by one kernel."""
+        return self.activation(self.fc1(x))

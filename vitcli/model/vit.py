@@ -152,13 +152,16 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float):
         super().__init__()
-        self.rate = rate
+        self.active = rate > 0
+        # A tensor, so that to a compiler blocks of different rates are the same computation.
+        self.keep: Tensor
+        self.register_buffer("keep", torch.tensor(1 - rate, device="cpu"), persistent=False)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        if not self.training or self.rate == 0:
+        if not self.training or not self.active:
             return x
-        keep = 1 - self.rate
-        return x * (x.new_empty(x.shape[0], 1, 1).bernoulli_(keep) / keep)
+        chance = torch.rand(x.shape[0], 1, 1, device=x.device)
+        return x * ((chance < self.keep) / self.keep).to(x.dtype)
 
 
 def normal(std: float, *shape: int) -> nn.Parameter:

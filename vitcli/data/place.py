@@ -1,0 +1,72 @@
+"""Where batches are made ready: on the device that trains, ahead of the update under way."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Generator, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+AHEAD = 2  # batches that wait on the device
+
+
+def put(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device; on CUDA without waiting for it."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def ahead(batches: Generator[dict[str, T], None, None], device: torch.device) -> Iterator[dict[str, T]]:
+    """The batches as they come; for CUDA a thread asks for them before their turn, on a stream of its own.
+
+    Close the iterator: that closes `batches` too.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    made: queue.Queue[tuple[dict[str, T] | BaseException | None, torch.cuda.Event | None]] = queue.Queue(AHEAD)
+    stop = threading.Event()
+    thread = threading.Thread(target=_make, args=(batches, device, made, stop), daemon=True)
+    thread.start()
+    try:
+        while True:
+            batch, ready = made.get()
+            if isinstance(batch, BaseException):
+                raise batch
+            if batch is None or ready is None:
+                return
+            stream = torch.cuda.current_stream(device)
+            stream.wait_event(ready)
+            for value in batch.values():
+                if isinstance(value, Tensor):
+                    value.record_stream(stream)
+            yield batch
+    finally:
+        stop.set()
+        while thread.is_alive():
+            with contextlib.suppress(queue.Empty):
+                made.get(timeout=0.05)
+
+
+def _make(
+    batches: Generator[dict[str, T], None, None], device: torch.device, made: queue.Queue, stop: threading.Event
+) -> None:
+    """The thread: batches, then None, or an exception in their stead."""
+    last = None
+    try:
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)), contextlib.closing(batches):
+            for batch in batches:
+                ready = torch.cuda.Event()
+                ready.record()
+                made.put((batch, ready))
+                if stop.is_set():
+                    break
+    except BaseException as error:
+        last = error
+    made.put((last, None))
