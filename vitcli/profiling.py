@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-WARMUP = 3  # updates before, which compile and fill caches
+WARMUP = 5  # updates before, which compile, fill caches and record CUDA graphs
 ROWS = 15
 
 
