@@ -61,6 +61,15 @@ def test_killed_while_it_resumes(zygote, undisturbed, tmp_path):
         goes_on(zygote, tmp_path / str(number), undisturbed)
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_score_that_a_signal_cut_short_is_owed(zygote, undisturbed, tmp_path, number):
+    """The second evaluation is that of the last step."""
+    said = zygote(tmp_path, *RECIPE, fault=("signal_while_scoring", number))
+    assert said.code == 143
+    assert f"after step {3 * number} of 6, which is saved" in said.err
+    goes_on(zygote, tmp_path, undisturbed)
+
+
 def damage(run, chance):
     """Spoil the newest checkpoint in one way; says which."""
     newest = max((run / "checkpoints").iterdir())

@@ -231,6 +231,7 @@ def fit(
             if _due(position.step, eval_every, steps) and position.scored_step < position.step:
                 with suppress(Stopped):  # the checkpoint then says that this score is still owed
                     evaluate()
+                    saved = min(saved, position.step - 1)  # a checkpoint that owes this score is written again
             if saved < position.step and (position.step == 0 or stop.signal or _due(position.step, save_every, steps)):
                 save()
                 saved = position.step
