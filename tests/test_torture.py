@@ -232,7 +232,7 @@ seen = iter(range(1000))
 def normalise(images, data):
     images = preprocess.normalise(images, data)
     if next(seen) in {steps} and rank == 1:
-        images[0, 0, 0, 0] = torch.nan
+        images[:] = torch.nan  # a cut from another image would hide one
     return images
 train.normalise = normalise
 """
