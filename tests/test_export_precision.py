@@ -342,9 +342,13 @@ def test_batches_do_not_exceed_the_largest():
     assert first.batches == second.batches == [1, 2, 4, 4, 4, 2]
 
 
-def test_images_of_a_batch_are_cut_to_one_size():
-    images = [Image.new("RGB", size) for size in ((5, 9), (7, 4))]
-    assert [image.size for image in exporters.alike(images)] == [(5, 4)] * 2
+def test_images_of_a_batch_get_the_first_ones_size_and_stay_whole():
+    """What is cut off may be what the image shows, and int8 then seems to answer worse than it does."""
+    corner = Image.new("RGB", (7, 4))
+    corner.putpixel((6, 3), (255, 255, 255))
+    first, second = exporters.alike([Image.new("RGB", (5, 9)), corner])
+    assert first.size == second.size == (5, 9)
+    assert second.getpixel((4, 8)) > (100, 100, 100)
 
 
 # --- int8 --------------------------------------------------------------------------------------------------------
@@ -443,20 +447,38 @@ def test_a_file_that_prepares_images_answers_as_the_checkpoint(tmp_path, mode, b
 # --- Disk --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("traced")
-def test_a_full_disk_leaves_neither_the_model_nor_its_data(tmp_path, monkeypatch):
-    monkeypatch.setattr(to_onnx, "ONE_FILE", 0)
-    trained = tiny()
+@pytest.fixture
+def full_disk():
+    """No file grows beyond 20 kB."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
-        with pytest.raises(StorageError, match="cannot write"):
-            to_onnx.export(trained, tmp_path / "model.onnx")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.usefixtures("traced", "full_disk")
+def test_a_full_disk_leaves_neither_the_model_nor_its_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(to_onnx, "ONE_FILE", 0)
+    with pytest.raises(StorageError, match="cannot write"):
+        to_onnx.export(tiny(), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("full_disk")
+@pytest.mark.parametrize("target", ["google", "huggingface", "timm", "torchvision"])
+def test_a_full_disk_leaves_nothing_of_weights(tmp_path, target):
+    with pytest.raises(StorageError, match="cannot write"):
+        exporters.target(target).export(tiny(activation="gelu"), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("place", "reason"), [("file/m.onnx", "file is a file"), ("file/a/m.onnx", "Not a directory")])
+def test_a_file_where_a_folder_should_be(tmp_path, place, reason):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=reason), exporters.place_for(tmp_path / place):
+        pass
 
 
 def test_a_folder_without_permission(tmp_path):
@@ -658,6 +680,7 @@ def test_stages_are_shown_on_a_terminal_and_told_elsewhere():
         assert "parity" in shown.getvalue()
         assert ("✓" in shown.getvalue()) is terminal
         assert ("trace: 0.0 s" in shown.getvalue()) is not terminal
+        assert "0.0 s" in shown.getvalue()
 
 
 # --- DeiT-Tiny on real images ------------------------------------------------------------------------------------

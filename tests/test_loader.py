@@ -109,6 +109,27 @@ def evaluate(data, workers, batch=7):
     return eval_batches(data.preprocessing, data.source.open("train"), batch=batch, workers=workers)
 
 
+def test_images_that_are_kept_are_those_that_are_loaded(folder):
+    augment = AUGMENT | {"crop": "random_crop", "pad": 3, "resize": [18, 20]}
+    loaded, kept = (config(folder, workers=0, augment=augment, keep=keep) for keep in (False, True))
+    for start, steps in ((0, 7), (3, 9)):
+        assert equal(batches(kept, start, steps), batches(loaded, start, steps))
+
+
+def test_images_of_many_sizes_cannot_be_kept(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "data")
+    Image.new("RGB", (30, 16)).save(tmp_path / "data/class1/07.png")
+    with pytest.raises(BadImage, match=r"07.png: its size is not that of the first image, 20x16: 30x16") as caught:
+        batches(config(tmp_path / "data", augment={"crop": "random_crop"}, keep=True, workers=0))
+    assert "data.augment.resize" in caught.value.hint
+
+
+def test_where_images_are_broken_none_are_kept(damaged):
+    augment = {"crop": "random_crop"}
+    loaded, kept = (config(damaged, bad_images=0.1, workers=0, augment=augment, keep=keep) for keep in (False, True))
+    assert equal(batches(kept, 0, 4), batches(loaded, 0, 4))
+
+
 def test_large_batches_come_in_parts():
     data = DataConfig.parse({"source": "digits", "res": 8, "augment": {"crop": "central_crop"}})
     size = 2 * CHUNK + 30

@@ -280,8 +280,8 @@ def test_regularisers_act_in_training_only(key):
 
 def test_stochastic_depth_grows_linearly():
     model = build(depth=5, drop_path=0.2)
-    rates = [block.drop_path.rate for block in model.blocks]
-    assert rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+    rates = [1 - block.drop_path.keep.item() for block in model.blocks]
+    assert rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2], abs=1e-6)
 
 
 def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():

@@ -6,6 +6,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from command import Vit
+from PIL import Image
 from test_export import tiny
 
 from vitcli import onnx_providers, onnx_session
@@ -141,6 +143,18 @@ def test_a_graph_that_onnx_runtime_refuses(tmp_path, file):
     onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(CheckpointError, match="cannot run it"):
         Session(tmp_path / "model.onnx", model, "cpu")
+
+
+def test_names_in_a_graph_cannot_colour_the_terminal(tmp_path, file, capsys, monkeypatch):
+    """ONNX Runtime quotes them in what it complains of."""
+    model = onnx.load(file)
+    model.graph.node[3].input[0] = "\x1b[31mred\x07"
+    onnx.save(model, tmp_path / "model.onnx")
+    Image.new("RGB", (32, 32)).save(tmp_path / "image.png")
+    said = Vit(capsys, monkeypatch)("predict", "--ckpt", tmp_path / "model.onnx", tmp_path / "image.png")
+    assert said.code == 4
+    assert r"'\x1b[31mred\x07'" in said.err
+    assert all(line.isprintable() for line in said.err.splitlines())
 
 
 def test_settings_that_keep_the_checkpoints_answer(file):

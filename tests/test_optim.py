@@ -187,7 +187,7 @@ def test_a_skipped_update_leaves_no_trace(name, at):
             finite = optim.clip(module, 1.0).isfinite()
             assert bool(finite) is (step != bad)
             optim.update(optimizer, 1e-2, finite)
-            average.update(step, finite)
+            average.update(average.share(step), finite)
         moments = {f"moment/{key}": value for key, value in optim.state(optimizer, module).items()}
         means = {f"average/{key}": value for key, value in average.tensors.items()}
         return {**module.state_dict(), **moments, **means}
@@ -206,7 +206,7 @@ def test_the_average_follows_its_formula():
         for name, parameter in module.named_parameters():
             nn.init.normal_(parameter)
             expected[name] = decay * expected[name] + (1 - decay) * parameter.detach()
-        average.update(step, FINITE)
+        average.update(average.share(step), FINITE)
     for name, value in expected.items():
         torch.testing.assert_close(average.tensors[name], value, rtol=1e-12, atol=1e-14)
 

@@ -149,6 +149,26 @@ def test_dinov2_at_another_resolution_is_stretched_as_the_original_does(tmp_path
     torch.testing.assert_close(stretched, expected[0].permute(1, 2, 0).flatten(0, 1), rtol=0, atol=1e-5)
 
 
+def test_dinov2_is_shown_224_pixels_wherever_its_weights_are_from(tmp_path):
+    """The table is for 518. transformers' folder says 224 in its processor, DINOv2's own code in its evaluation."""
+    config = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "image_size": 518, "patch_size": 14}
+    model = filled(Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**config, num_register_tokens=2)))
+    model.save_pretrained(tmp_path / "folder")
+    size = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}, "resample": 3}
+    (tmp_path / "folder/preprocessor_config.json").write_text(json.dumps(size))
+    state = dinov2(load_file(tmp_path / "folder/model.safetensors"))
+    assert state["pos_embed"].shape == (1, 1 + 37 * 37, 48)
+    save_file(state, tmp_path / "dinov2.safetensors")
+
+    theirs, ours = (checkpoint.load(tmp_path / name) for name in ("folder", "dinov2.safetensors"))
+    assert ours.image_size == theirs.image_size == (224, 224)
+    assert ours.preprocessing == theirs.preprocessing == Preprocessing(res=(224, 224), resize=256, **IMAGENET)
+    given = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(ours.model(given), theirs.model(given))
+        torch.testing.assert_close(ours.model(given), model(given).pooler_output, rtol=0, atol=1e-5)
+
+
 def test_dinov2_with_its_linear_classifier(tmp_path):
     """The head reads the class token and the mean of the patches, as dinov2/hub/classifiers.py joins them."""
     model, head = reference(num_classes=0, init_values=1.0), filled(nn.Linear(96, 10))

@@ -412,7 +412,7 @@ def test_fixed_tables_are_written_as_learned_ones(tmp_path):
         ({"pool": "gap", "posemb": "none"}, "encoder without positions"),
         ({"pre_norm": True}, "norm before the blocks"),
         ({"norm_after_pool": True}, "norm after pooling"),
-        ({"norm_eps": 1e-12}, "norm epsilon 1e-12; it is always 1e-06"),
+        ({"norm_eps": 1e-12}, "norm_eps: 1e-12, only 1e-06"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -274,6 +274,9 @@ def _load_own(folder: Path) -> Trained:
         ) from None
     if facts is config:
         state = load_file(folder / "model.safetensors") | _averaged(folder)
+        for name, tensor in state.items():
+            if tensor.is_floating_point() and not weights.is_finite(tensor):
+                raise CheckpointError(f"{folder}: {name} holds NaN or infinity")
     else:
         state = weights.load(folder).state
         if recipe.model.posemb != "learned":  # transformers has a fixed table among the weights
@@ -336,7 +339,7 @@ def _build(config: ViTConfig, classes: int, image_size: tuple[int, int], state: 
 
 
 def _check_fit(expected: dict[str, Tensor], found: dict[str, Tensor], origin: str) -> None:
-    """Names, shapes and finite values, before anything is loaded."""
+    """Names and shapes, before anything is loaded."""
     for problem, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
         if names:
             raise CheckpointError(f"{origin}: {len(names)} {problem} tensors, the first {min(names)}")
@@ -345,5 +348,3 @@ def _check_fit(expected: dict[str, Tensor], found: dict[str, Tensor], origin: st
             raise CheckpointError(
                 f"{origin}: {name} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}"
             )
-        if tensor.is_floating_point() and not weights.is_finite(tensor):
-            raise CheckpointError(f"{origin}: {name} holds NaN or infinity")

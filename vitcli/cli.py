@@ -36,6 +36,9 @@ app.add_typer(recipes, name="recipes", rich_help_panel="Look")
 app.add_typer(runs, name="runs", rich_help_panel="Look")
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Annotated[
+    Literal["fp32", "bf16"], Option(help="Of a checkpoint: fp32 is the reference, bf16 the fastest on a GPU.")
+]
 Provider = Annotated[Literal["auto", "cuda", "tensorrt", "cpu"], Option(help="ONNX Runtime's, for .onnx files.")]
 RESULT, TRAIN, INPUT = "Result", "Training", "Input"
 
@@ -207,6 +210,7 @@ def evaluate(
     ] = None,
     batch: Annotated[int, Option(min=1)] = 64,
     device: Device = "auto",
+    precision: Precision = "fp32",
     provider: Provider = "auto",
     allow_bad: Annotated[
         bool, Option("--allow-bad", help="Leave unreadable images out of the score.", rich_help_panel=INPUT)
@@ -226,7 +230,7 @@ def evaluate(
     from vitcli.report import tables
 
     ckpt = ckpt or _newest()
-    predictor = open_predictor(ckpt, device=device, provider=provider)
+    predictor = open_predictor(ckpt, device=device, provider=provider, precision=precision)
     dataset = _images_to_score(ckpt, data)
     with err.status(f"scoring {len(dataset):,} images"):
         scores = score(predictor, dataset, batch=batch, workers=None, allow_bad=allow_bad)
@@ -252,6 +256,7 @@ def predict(
     top: Annotated[int, Option(min=1, help="Classes for each image.", rich_help_panel=RESULT)] = 5,
     batch: Annotated[int, Option(min=1)] = 32,
     device: Device = "auto",
+    precision: Precision = "fp32",
     provider: Provider = "auto",
     json: Json = False,
     jsonl: Annotated[bool, Option("--jsonl", help="A JSON object for each image.", rich_help_panel=RESULT)] = False,
@@ -270,7 +275,7 @@ def predict(
         raise RecipeError("--json, --jsonl and --csv exclude one another")
     images = inference.find_images(paths)
     ckpt = ckpt or _newest()
-    predictor = inference.open_predictor(ckpt, device=device, provider=provider)
+    predictor = inference.open_predictor(ckpt, device=device, provider=provider, precision=precision)
     failed = 0
 
     def counted() -> Any:

@@ -40,7 +40,14 @@ def answer(
 
 def print_error(message: str) -> None:
     """An error line on stderr."""
-    err.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    err.print(f"[bold red]error:[/] {escape(_printable(message))}", highlight=False, soft_wrap=True)
+
+
+def _printable(text: str) -> str:
+    """Line by line, what would colour or move the terminal as escapes: a message may quote a file of anyone's."""
+    from vitcli.report.tables import printable
+
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def run(app: typer.Typer) -> None:
@@ -54,7 +61,7 @@ def run(app: typer.Typer) -> None:
     except UserError as error:
         print_error(str(error))
         if error.hint:
-            err.print(f"hint: {error.hint}", highlight=False, markup=False, soft_wrap=True)
+            err.print(f"hint: {_printable(error.hint)}", highlight=False, markup=False, soft_wrap=True)
         code = error.exit_code
     except typer.Exit as ended:
         code = ended.exit_code

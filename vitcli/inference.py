@@ -53,6 +53,7 @@ class TorchPredictor:
     ):
         self.model, self.classes, self.preprocessing = model, classes, preprocessing
         self.runtime, self.origin = runtime, origin
+        self._batch = 0  # images in a recorded call
 
     def logits(self, images: Tensor) -> Tensor:
         """uint8 images (b, 3, h, w) -> float32 logits (b, classes) on the CPU.
@@ -62,37 +63,59 @@ class TorchPredictor:
         training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad(), self.runtime.autocast():
-                images = put(images, self.runtime.device)
-                logits = self.model(normalise(images, self.preprocessing)).float()
+            return self._compute(put(images, self.runtime.device)).cpu()
         finally:
             self.model.train(training)
-        return (logits.mean(1) if logits.ndim == 3 else logits).cpu()
+
+    def _compute(self, images: Tensor) -> Tensor:
+        """Where the runtime compiles, all batches are as large as the largest so far, so that few are compiled."""
+        if not self.runtime.compile:
+            return self._forward(images)
+        if len(images) > self._batch:
+            self._batch, self._recorded = len(images), self.runtime.recorded(self._forward)
+        padding = images[:1].expand(self._batch - len(images), -1, -1, -1)
+        return self._recorded(torch.cat([images, padding]))[: len(images)]
+
+    def _forward(self, images: Tensor) -> Tensor:
+        with torch.no_grad(), self.runtime.autocast():
+            logits = self.model(normalise(images, self.preprocessing)).float()
+        return logits.mean(1) if logits.ndim == 3 else logits
 
 
 def open_predictor(
-    path: Path, *, device: Literal["auto", "cpu", "cuda", "mps"] = "auto", provider: Provider = "auto"
+    path: Path,
+    *,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    provider: Provider = "auto",
+    precision: Literal["fp32", "bf16"] = "fp32",
 ) -> Predictor:
-    """A run folder, a checkpoint or an .onnx, ready to answer in fp32.
+    """A run folder, a checkpoint or an .onnx, ready to answer.
 
-    `device` is for checkpoints, `provider` for .onnx files. Raises CheckpointError for a file that cannot be used,
-    UserError for a device that is not there.
+    `device` and `precision` are for checkpoints, `provider` for .onnx files. Raises CheckpointError for a file that
+    cannot be used, UserError for a device that is not there.
     """
     if path.suffix.lower() == ".onnx":
         if device != "auto":
             raise UserError(f"--device {device} does not apply to an .onnx file", "use --provider cuda or cpu")
+        if precision != "fp32":
+            raise UserError("--precision does not apply to an .onnx file", "export it with --fp16")
         return OnnxPredictor(path, provider)
     if provider != "auto":
         raise UserError(f"--provider {provider} applies to .onnx files only", "use --device")
     trained = checkpoint.load(path)
     if not trained.classes:
         raise CheckpointError(f"{trained.origin} names no classes", "train one: vit finetune --ckpt")
-    return torch_predictor(trained, device)
+    return torch_predictor(trained, device, precision)
 
 
-def torch_predictor(trained: checkpoint.Trained, device: Literal["auto", "cpu", "cuda", "mps"]) -> TorchPredictor:
-    """A trained model, moved to the device, as a predictor in fp32."""
-    started = runtime.start(RuntimeConfig.parse({"device": device, "precision": "fp32", "compile": False}))
+def torch_predictor(
+    trained: checkpoint.Trained,
+    device: Literal["auto", "cpu", "cuda", "mps"],
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> TorchPredictor:
+    """A trained model, moved to the device, as a predictor: in fp32 the reference, in bf16 compiled on CUDA."""
+    compiled = {} if precision == "bf16" else {"compile": False}
+    started = runtime.start(RuntimeConfig.parse({"device": device, "precision": precision} | compiled))
     started.prepare(trained.model)
     return TorchPredictor(trained.model, trained.classes, trained.preprocessing, started, trained.origin)
 
@@ -154,7 +177,10 @@ def score(
     elif takes_any_size(predictor):
         loaded = _one_by_one(dataset, share)
     else:
-        loaded = eval_batches(predictor.preprocessing, dataset, batch=batch, workers=workers, share=share)
+        device = predictor.runtime.device if isinstance(predictor, TorchPredictor) else torch.device("cpu")
+        loaded = eval_batches(
+            predictor.preprocessing, dataset, batch=batch, workers=workers, share=share, device=device
+        )
     with closing(loaded) as parts:  # pyright: ignore[reportArgumentType] (a generator, which ends its processes)
         for part in parts:
             waiting += time.monotonic() - asked

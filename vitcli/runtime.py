@@ -51,7 +51,7 @@ class RuntimeConfig(Schema):
 
 @dataclass(frozen=True)
 class Runtime:
-    """A RuntimeConfig with every choice made."""
+    """A RuntimeConfig with every choice made; `alone` if no other process trains the same model."""
 
     device: torch.device
     precision: str
@@ -59,6 +59,7 @@ class Runtime:
     attention: str
     compile: bool
     threads: int
+    alone: bool = True
 
     def prepare(self, module: Module) -> Module:
         """Move a module to the device and set how it computes; its parameters keep their names."""
@@ -97,7 +98,8 @@ class Runtime:
         """`function` as one CUDA graph, where that is how this runtime computes; else itself."""
         from vitcli.graph import Recorded
 
-        return Recorded(function, self.device) if self.compile and self.device.type == "cuda" else function
+        records = self.compile and self.alone and self.device.type == "cuda"
+        return Recorded(function, self.device) if records else function
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -182,7 +184,7 @@ def start(config: RuntimeConfig, earlier: dict[str, Any] | None = None, processe
     if config.residual == "auto":
         chosen["residual"] = chosen["precision"] if device.type == "cuda" else "fp32"
     chosen |= {key: earlier[key] for key in chosen if earlier and key in earlier}
-    return Runtime(device=device, threads=threads, **chosen)
+    return Runtime(device=device, threads=threads, alone=processes.count == 1, **chosen)
 
 
 def seed(value: int) -> None:

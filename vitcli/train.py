@@ -122,9 +122,9 @@ def fit(
             batch=len(share),
             workers=recipe.data.workers,
             share=share_of(len(val_set), processes)[0],
+            device=runtime.device,
         ),
         small=runtime.device.type == "cuda" and is_small(len(val_set), recipe.data.res),
-        device=runtime.device,
     )
 
     def evaluate() -> None:

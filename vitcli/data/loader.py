@@ -102,26 +102,25 @@ def eval_batches(
     batch: int,
     workers: int | None = None,
     share: Sequence[int] | None = None,
+    device: torch.device = CPU,
 ) -> Iterator[Batch]:
     """Every image once, or those of `share`, in order: "images" uint8 (b, 3, h, w) and "labels" int64 (b,).
 
-    The last batch may be smaller. Broken images are left out, never replaced: a batch that lacks some has "bad" too,
-    a list of BadImage.
+    The images are on the `device`, on CUDA ahead of their turn; the labels stay on the CPU. The last batch may be
+    smaller. Broken images are left out, never replaced: a batch that lacks some has "bad" too, a list of BadImage.
     """
     sample = partial(_eval_sample, preprocessing, dataset)
     share = range(len(dataset)) if share is None else share
     positions = (list(share[i : i + batch]) for i in range(0, len(share), batch))
     workers = _workers(workers, _is_easy(dataset, preprocessing.res), len(share))
-    with closing(load(sample, preprocessing.res, positions, workers)) as parts:
-        for part in parts:
-            yield _join([part])
+    return ahead(_scored_batches(load(sample, preprocessing.res, positions, workers), device), device)
 
 
 class Kept:
-    """The batches of `make`, the same each time: made once if they are `small`, and then kept on the device."""
+    """The batches of `make`, the same each time: made once if they are `small`, and then kept."""
 
-    def __init__(self, make: Callable[[], Iterator[Batch]], small: bool, device: torch.device):
-        self._make, self._small, self._device = make, small, device
+    def __init__(self, make: Callable[[], Iterator[Batch]], small: bool):
+        self._make, self._small = make, small
         self._batches: list[Batch] | None = None
 
     def __call__(self) -> Iterator[Batch]:
@@ -133,7 +132,6 @@ class Kept:
         with closing(self._make()) as made:  # pyright: ignore[reportArgumentType] (a generator)
             for batch in made:
                 if self._small:
-                    batch["images"] = put(batch["images"], self._device)
                     batches.append(batch)
                 yield batch
         if self._small:
@@ -143,6 +141,13 @@ class Kept:
 def is_small(images: int, res: Sequence[int]) -> bool:
     """Whether so many images are kept on a CUDA device unasked."""
     return images * 3 * math.prod(res) <= KEPT_BYTES
+
+
+def _scored_batches(parts: Generator[Part, None, None], device: torch.device) -> Generator[Batch, None, None]:
+    with closing(parts):
+        for part in parts:
+            batch = _join([part])
+            yield batch | {"images": put(batch["images"], device)}
 
 
 def _loaded_batches(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from PIL import Image
@@ -28,8 +30,14 @@ def prepare(image: Image.Image, p: Preprocessing) -> Tensor:
 
 def normalise(images: Tensor, p: Preprocessing) -> Tensor:
     """uint8 (b, 3, h, w) as float32, on the device where it is: (pixel / 255 - mean) / std."""
-    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (p.mean, p.std))
+    mean, std = (_per_channel(values, images.device) for values in (p.mean, p.std))
     return images.float().div(255).sub(mean).div(std)
+
+
+@functools.cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Kept, since a GPU is waited for when they go there."""
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 def resize(image: Image.Image, size: tuple[int, int], interpolation: Interpolation, antialias: bool) -> Image.Image:

@@ -24,6 +24,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
+from safetensors import SafetensorError
+
 from vitcli import storage
 from vitcli.errors import DataError, RecipeError, StorageError
 from vitcli.schema import folder
@@ -148,8 +150,10 @@ def place_for(out: Path) -> Iterator[Path]:
             storage.publish(Path(place))
             for file in sorted(Path(place).iterdir(), reverse=True):  # model.onnx.data before model.onnx
                 file.replace(out.parent / file.name)
-    except OSError as error:
-        raise StorageError(f"cannot write {out}: {error.strerror}", "free space or choose another place") from error
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        reason = error.strerror if isinstance(error, OSError) else error
+        reason = f"{out.parent} is a file" if isinstance(error, FileExistsError) else reason
+        raise StorageError(f"cannot write {out}: {reason}", "free space or choose another place") from error
 
 
 def sample(preprocessing: Preprocessing, images: Sequence[Image] | None) -> Tensor:
@@ -242,6 +246,5 @@ def rate(seconds: Sequence[tuple[int, float]]) -> float:
 
 
 def alike(images: Sequence[Image]) -> list[Image]:
-    """Upper left parts of the images, as large as all of them have."""
-    width, height = (min(sides) for sides in zip(*(image.size for image in images), strict=True))
-    return [image.crop((0, 0, width, height)) for image in images]
+    """The images as large as the first of them: all that one batch can hold, and each still whole."""
+    return [image.resize(images[0].size) for image in images]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from vitcli.data import Preprocessing
 
 START = """\
+# pip install numpy onnxruntime pillow
 import json
 
 import numpy as np

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from vitcli.data import imagenet
 from vitcli.exporters import Report, _weights
-from vitcli.weights._huggingface_processor import Pixels, note
+from vitcli.weights._huggingface_processor import note
+from vitcli.weights._json import Pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image

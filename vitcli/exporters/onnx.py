@@ -73,10 +73,10 @@ def export(
 ) -> Report:
     """Write `out`, and above 1.8 GB of weights `out`.data beside it, and hold it against the checkpoint on `images`.
 
-    `source` is the file that the model was loaded from, `recipe` its recipe as JSON, both for the metadata. int8
-    calibrates on every other image of `calibration`, as `skip` and `percentile` say, and is scored on the rest:
-    against `labels`, the classes of all of them, or else against fp32; `max_drop` is in points. `on_stage` is told
-    what begins: trace, optimise, quantise, check, parity.
+    `source` is the file that the model was loaded from, `recipe` its training's recipe as JSON without the place of its
+    data, both for the metadata. int8 calibrates on every other image of `calibration`, as `skip` and `percentile` say,
+    and is scored on the rest: against `labels`, the classes of all of them, or else against fp32; `max_drop` is in
+    points. `on_stage` is told what begins: trace, optimise, quantise, check, parity.
 
     Raises RecipeError for options that cannot be, CheckpointError for a model without classes, DataError if the file
     does not answer as the checkpoint or loses more than `max_drop`, StorageError.
@@ -264,7 +264,7 @@ def _check_whole(
     bound: str,
     max_batch: int | None,
 ) -> Parity:
-    """Hold a file that prepares images itself against our own preparing; the images of a batch are cut to one size."""
+    """Hold a file that prepares images itself against our own preparing; the images of a batch get one size."""
     import torch
 
     from vitcli.data.preprocess import pixels, prepare

@@ -6,7 +6,7 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn
 
 
 class Stages:
@@ -20,8 +20,9 @@ class Stages:
 
     def __enter__(self) -> Stages:
         if self.console.is_terminal:
-            columns = SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}"), TimeElapsedColumn()
-            self._list = Progress(*columns, console=self.console)
+            seconds = TextColumn("{task.elapsed:6.1f} s", style="dim")
+            stage = SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}")
+            self._list = Progress(*stage, seconds, console=self.console)
             self._list.start()
         return self
 
@@ -41,5 +42,6 @@ class Stages:
     def _end(self) -> None:
         if self._list and self._task is not None:
             self._list.update(self._task, completed=1)
+            self._list.stop_task(self._task)
         elif self._name:
             self.console.print(f"{self._name}: {time.monotonic() - self._begun:.1f} s", highlight=False, markup=False)

@@ -188,7 +188,7 @@ def _held_out(scores: HeldOut) -> str:
     what = "top-1" if scores.measure == "labels" else "agreement with fp32"
     return (
         f"{what} on {scores.images} held-out images: fp32 {scores.fp32:.2%}, int8 {scores.exported:.2%}, "
-        f"{scores.drop:+.2f} points lost"
+        f"{-scores.drop:+.2f} points"
     )
 
 

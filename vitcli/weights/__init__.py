@@ -102,11 +102,9 @@ def load(path: Path, heads: int | None = None) -> Foreign:
         beside = replace(_files.read_beside(path), heads=heads)
         tensors = Tensors(_files.read_tensors(path))
         foreign = _read(tensors, beside)
-        _check(foreign, tensors, heads)
+        _settle(foreign, tensors, heads)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}", error.hint) from error.__cause__
-    for name, value in foreign.state.items():  # one after another, so that there are never two sets of weights
-        foreign.state[name] = value.float().contiguous()
     return foreign
 
 
@@ -129,8 +127,8 @@ def _read(tensors: Tensors, beside: Beside) -> Foreign:
         raise CheckpointError(f"a tensor of what looks like a {found[0]} file has a wrong shape: {what}") from error
 
 
-def _check(foreign: Foreign, rest: Tensors, heads: int | None) -> None:
-    """The state must be the model's by name and shape, finite, and all that the file held."""
+def _settle(foreign: Foreign, rest: Tensors, heads: int | None) -> None:
+    """Bring the state into its final form. It must be the model's by name and shape, finite, and all of the file."""
     import torch
 
     with torch.device("meta"):
@@ -150,13 +148,14 @@ def _check(foreign: Foreign, rest: Tensors, heads: int | None) -> None:
             raise CheckpointError(f"{name} has shape {tuple(value.shape)}, expected {expected[name]}")
         if not value.is_floating_point():
             raise CheckpointError(f"{name} holds {value.dtype}, expected floating point")
-        if not is_finite(value):
+        foreign.state[name] = value.float().contiguous()  # one by one, so that there are never two sets of weights
+        if not is_finite(foreign.state[name]):
             raise CheckpointError(f"{name} holds NaN or infinity")
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether it holds neither NaN nor infinity: what its extremes tell in one pass, 30 times as fast as isfinite."""
-    return not tensor.numel() or all(math.isfinite(extreme) for extreme in tensor.float().aminmax())
+    return not tensor.numel() or all(math.isfinite(extreme) for extreme in tensor.aminmax())
 
 
 def _some(names: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 from math import isqrt
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from vitcli.errors import CheckpointError
 from vitcli.model import SIZES, ResNetStem, ViTConfig
+from vitcli.model.position import resize_state
+from vitcli.weights import Foreign
 
 State = dict[str, Tensor]
 UNIT = r"stages\.(\d{1,3})\.blocks\.(\d{1,3})\."
@@ -129,6 +132,21 @@ def _positions(state: State, grid: tuple[int, int] | None, cls: int, registers: 
         return grid or (side, side), bool(cls and prefix)
     shown = f"a grid of {grid[0]}x{grid[1]} patches" if grid else "a square grid of patches"
     raise CheckpointError(f"pos_embed has {rows} rows, which is not {shown}, with or without {cls} class tokens")
+
+
+def stretched(foreign: Foreign, res: tuple[int, int]) -> Foreign:
+    """The model for images (height, width) that its origin shows it, though its position table is for others.
+
+    Rows and columns beyond the last whole patch go. Raises CheckpointError for images smaller than a patch.
+    """
+    stride = foreign.config.stride
+    size = res[0] // stride * stride, res[1] // stride * stride
+    if 0 in size:
+        raise CheckpointError(f"images of {res[0]}x{res[1]} are smaller than a patch of {stride}")
+    state = foreign.state
+    if size != foreign.image_size:
+        state = resize_state(state, foreign.config, foreign.image_size, size)
+    return replace(foreign, state=state, image_size=size, preprocessing={**foreign.preprocessing, "res": size})
 
 
 def add_zero_biases(state: State, *layers: str) -> None:

@@ -1,19 +1,14 @@
 """Tensors by name out of a file that nobody vouches for. What it holds decides how it is read, not what it is called.
 
-No code of a file ever runs: arrays of objects are refused, and a PyTorch file is opened by torch's restricted reader
-in a process of its own (`_pth.py`).
+No code of a file ever runs: arrays of objects are refused, and a pickle is parsed as data (`_pickle.py`).
 """
 
 import io
 import json
 import re
 import struct
-import subprocess
-import sys
-import time
 import zipfile
 from pathlib import Path
-from threading import Timer
 from typing import Any
 
 import numpy as np
@@ -23,12 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vitcli.errors import CheckpointError
-from vitcli.weights import NAMES, Beside
+from vitcli.weights import NAMES, Beside, _pth
+from vitcli.weights._pickle import NotWeightsError
 
 HEADER_LIMIT = 4 << 20  # bytes of a list of tensors, in whatever form; a real one has some ten or hundred kB
 EXPANSION_LIMIT = 4, 256 << 20  # a file may take this times its size, and this many bytes more, in memory
 JSON_LIMIT = 8 << 20  # bytes of a config.json
-PATIENCE = 300, 10 << 20  # seconds for any PyTorch file, and bytes of it that a second must do in addition
 SAVE = 'save them: torch.save(torch.jit.load(FILE, "cpu").state_dict(), NEW_FILE)'
 KNOWN = "known are .npz, .safetensors, and torch.save(model.state_dict(), ...) without other objects"
 AGAIN = "copy or download it again"
@@ -210,43 +205,15 @@ def _read_safetensors(path: Path, header: int) -> dict[str, Tensor]:
 
 
 def _read_pytorch(path: Path) -> dict[str, Tensor]:
-    # -P keeps this folder, whose files have names of packages, off the child's module path.
-    command = [sys.executable, "-P", str(Path(__file__).with_name("_pth.py")), str(path), str(_limit(path))]
-    seconds = PATIENCE[0] + path.stat().st_size // PATIENCE[1]
-    child = subprocess.Popen(  # noqa: S603 - our own reader, no shell
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    begin, clock = time.monotonic(), Timer(seconds, child.kill)
-    with child:
-        assert isinstance(child.stdout, io.BufferedReader)
-        clock.start()
+    with _Archive(io.FileIO(path)) as file:
         try:
-            return _receive(child.stdout)
-        except EOFError as error:
-            late = time.monotonic() - begin >= seconds
-            reason = f"it takes more than {seconds} seconds to read" if late else "its reader ended too early"
-            raise CheckpointError(f"not a file of weights: {reason}", KNOWN) from error
-        finally:
-            clock.cancel()
-            child.kill()
-
-
-def _receive(pipe: io.BufferedReader) -> dict[str, Tensor]:
-    """What `_pth.py` sends. Raises CheckpointError with its reason not to, EOFError if it dies."""
-    line = pipe.readline()
-    if not line:
-        raise EOFError
-    contents = json.loads(line)
-    if isinstance(contents, dict):
-        raise CheckpointError(f"not a file of weights: {_line(contents['error'])}", KNOWN)
-    tensors = {}
-    for name, dtype, shape in contents:
-        tensor = torch.empty(shape, dtype=getattr(torch, dtype))
-        content = tensor.reshape(-1).view(torch.uint8).numpy().data
-        if pipe.readinto(content) < len(content):
-            raise EOFError
-        tensors[name] = tensor
-    return tensors
+            if file.peek(2).startswith(b"PK"):
+                return _pth.read_archive(file, _limit(path))
+            return _pth.read_older(file, _limit(path))
+        except NotWeightsError as error:
+            raise CheckpointError(f"not a file of weights: it {_line(error)}", KNOWN) from error
+        except Exception as error:  # a damaged pickle fails in every way
+            raise CheckpointError("not a file of weights, or damaged or cut off", AGAIN) from error
 
 
 def _line(error: object) -> str:

@@ -2,7 +2,8 @@
 
 from vitcli import __version__
 from vitcli.weights import Foreign
-from vitcli.weights._huggingface_processor import Pixels, note
+from vitcli.weights._huggingface_processor import note
+from vitcli.weights._json import Pixels
 
 SHOWN = 20  # classes by name
 

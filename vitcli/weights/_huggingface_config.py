@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from vitcli.errors import CheckpointError
 from vitcli.model import ViTConfig
 from vitcli.weights import Foreign
-from vitcli.weights._huggingface_processor import Pixels, checked
+from vitcli.weights._json import Pixels, checked
 
 FILE = "config.json"
 OWN = "vitcli"  # the key under which our files hold what transformers has no word for

@@ -1,111 +1,98 @@
-"""python -P _pth.py SOURCE BYTES: the tensors of a PyTorch file, on stdout.
+"""PyTorch files. Their pickles are parsed as data (`_pickle.py`); torch reads no part of them.
 
-First a line of JSON, [[name, dtype, shape], ...] or {"error": reason}; then the tensors' bytes in that order. What is
-sent is let go, so that the two processes never hold two sets of weights.
-
-Runs in a process of its own that may take BYTES of address space more than torch itself. Only torch's restricted
-reader opens the file, and whatever it refuses stays refused. Of several sets of weights the averaged one (EMA) is
-taken.
+Two layouts: since torch 1.6 an archive of `data.pkl` and a part for each storage; before, five pickles one after
+another, and all storages behind them. Of several sets of weights in one file the averaged one (EMA) is taken.
 """
 
-import json
-import re
-import sys
-from argparse import Namespace
-from pathlib import Path
-from typing import Any, BinaryIO
+import struct
+import zipfile
+from io import BufferedReader, BytesIO
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vitcli.weights._pickle import NotWeightsError, View, parse
+
 WRAPPERS = ("state_dict_ema", "model_ema", "target_encoder", "teacher", "state_dict", "model", "encoder", "student")
-LIST_LIMIT = 4 << 20  # bytes of the line of JSON; a real one has some ten kB
-PART = 128 << 20  # bytes to read of one mapping of the file
+PICKLE_LIMIT = 4 << 20  # bytes that list the tensors; a real file has some hundred kB of them, with its optimiser's
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the older layout
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # before each part of an archive: signature, lengths of name and extra field
+COUNT = struct.Struct("<q")  # before each storage of the older layout
 
 
-class NotWeightsError(Exception):
-    """The file is torch's, and holds something else."""
+def read_archive(file: BufferedReader, limit: int) -> dict[str, Tensor]:
+    """The tensors of an uncompressed archive, if they take `limit` bytes of memory at most.
+
+    Raises NotWeightsError, and various other exceptions for a damaged file.
+    """
+    archive = zipfile.ZipFile(file)
+    parts = {entry.filename: entry for entry in archive.infolist()}
+    listed = [name for name in parts if name.endswith("/data.pkl")]
+    if len(listed) != 1:
+        raise NotWeightsError(f"holds {len(listed)} files data.pkl, not one")
+    folder = listed[0].removesuffix("data.pkl")
+    if parts[listed[0]].file_size > PICKLE_LIMIT:
+        raise NotWeightsError(f"takes {parts[listed[0]].file_size} bytes to list its tensors; a model takes few")
+    if f"{folder}byteorder" in parts and archive.read(f"{folder}byteorder") != b"little":
+        raise NotWeightsError("is of a big-endian machine")
+    views = state_dict(parse(BytesIO(archive.read(listed[0]))).value)
+
+    starts = {}
+    for storage in {view.storage for view in views.values()}:
+        part = parts[f"{folder}data/{storage.key}"]
+        if storage.nbytes > part.file_size:
+            raise NotWeightsError("has a storage that is larger than its part of the archive")
+        file.seek(part.header_offset)
+        signature, *lengths = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
+        if signature != b"PK\3\4":
+            raise zipfile.BadZipFile
+        starts[storage.key] = part.header_offset + LOCAL_HEADER.size + sum(lengths)
+    return _read(file, views, starts, limit)
 
 
-def main(source: str, limit: int, out: BinaryIO) -> None:
-    """Send one file that may need `limit` bytes of memory, or the reason why not."""
-    with Path(source).open("rb") as file:
-        mapped = file.read(2) == b"PK"  # torch's format before 1.6 cannot be
-    try:
-        tensors = read(source, mapped)
-        contents = _list(tensors, limit)
-    except Exception as error:  # whatever a damaged or hostile file makes the reader raise is the file's fault
-        out.write(json.dumps({"error": _reason(error)}).encode() + b"\n")
-        return
-    out.write(contents)
-    done = 0
-    for name in list(tensors):
-        if mapped and done > PART:  # a new mapping, as only a closed one gives back the pages that were read
-            tensors.clear()
-            tensors, done = read(source, mapped), 0
-        done += tensors[name].nbytes
-        out.write(_bytes(tensors.pop(name)))
+def read_older(file: BufferedReader, limit: int) -> dict[str, Tensor]:
+    """The tensors of a file in the older layout, as `read_archive`."""
+    beginning = BytesIO(file.read(PICKLE_LIMIT))
+    magic, protocol, machine, content, keys = (parse(beginning) for _ in range(5))
+    if (magic.value, protocol.value) != (MAGIC, PROTOCOL) or not machine.value["little_endian"]:
+        raise NotWeightsError("is none of torch's, or of a big-endian machine")
+    views = state_dict(content.value)
+
+    starts, end = {}, beginning.tell()
+    for key in keys.value:
+        storage = content.storages[key]
+        file.seek(end)
+        if COUNT.unpack(file.read(COUNT.size)) != (storage.count,):
+            raise NotWeightsError("has a storage of another length than it says")
+        starts[key] = end + COUNT.size
+        end = starts[key] + storage.nbytes
+    return _read(file, views, starts, limit)
 
 
-def read(source: str, mapped: bool) -> dict[str, Tensor]:
-    """The tensors; of a mapped file, what nobody asks for is never read."""
-    with torch.serialization.safe_globals([Namespace]):  # a plain record of settings, beside many models in training
-        return state_dict(torch.load(source, map_location="cpu", weights_only=True, mmap=mapped))
-
-
-def state_dict(loaded: Any) -> dict[str, Tensor]:
+def state_dict(loaded: Any) -> dict[str, View]:
     """The tensors by name, out of the usual wrappers; numbers and the like beside them are left."""
     for _ in range(3):  # deep enough for real files; a hostile one may hold itself
         if isinstance(loaded, dict):
             loaded = next((loaded[name] for name in WRAPPERS if isinstance(loaded.get(name), dict)), loaded)
-    if not isinstance(loaded, dict):
-        raise NotWeightsError(f"it holds a {type(loaded).__name__}, not tensors by name")
-    tensors = {name: value for name, value in loaded.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    if not tensors:
-        raise NotWeightsError("it holds no tensors by name")
+    found = loaded.items() if isinstance(loaded, dict) else ()
+    views = {name: value for name, value in found if isinstance(value, View)}
+    if not views:
+        raise NotWeightsError("holds no tensors by name")
+    return views
+
+
+def _read(file: BufferedReader, views: dict[str, View], starts: dict[str, int], limit: int) -> dict[str, Tensor]:
+    """The tensors of storages that begin at `starts` in the file."""
+    if sum(view.storage.dtype.itemsize * max(view.extent, prod(view.shape)) for view in views.values()) > limit:
+        raise NotWeightsError("would take far more memory than a file of its size holds")
+    tensors = {}
+    for name, view in views.items():
+        numbers = torch.empty(view.extent, dtype=view.storage.dtype)
+        content = numbers.view(torch.uint8).numpy().data
+        file.seek(starts[view.storage.key] + view.offset * numbers.itemsize)
+        if file.readinto(content) < len(content):
+            raise EOFError
+        tensors[name] = numbers.as_strided(view.shape, view.strides)
     return tensors
-
-
-def _list(tensors: dict[str, Tensor], limit: int) -> bytes:
-    for name, value in tensors.items():
-        if value.layout != torch.strided or value.is_quantized:
-            raise NotWeightsError(f"{ascii(name)[:80]} is sparse or quantized; only plain tensors are read")
-    if sum(value.nbytes for value in tensors.values()) > limit:
-        raise MemoryError
-    contents = json.dumps([(name, str(value.dtype)[len("torch.") :], value.shape) for name, value in tensors.items()])
-    if len(contents) > LIST_LIMIT:
-        raise NotWeightsError(f"it holds {len(tensors)} tensors; a model has some hundreds")
-    return contents.encode() + b"\n"
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _reason(error: Exception) -> str:
-    """What torch says where it says something, without its advice to open the file unsafely."""
-    said = str(error).strip()
-    if asked := re.search(r"GLOBAL (\S+)", said):
-        return f"it asks for {asked[1][:100]}, and only tensors are read"
-    if isinstance(error, MemoryError) or "allocate memory" in said:
-        return "it would take far more memory than a file of its size holds"
-    if isinstance(error, NotWeightsError):
-        return said
-    told = isinstance(error, RuntimeError) and "weights_only" not in said
-    return f"torch cannot read it: {said.splitlines()[0][:160]}" if told and said else "torch cannot read it"
-
-
-def limit_memory(more: int) -> None:
-    """Allow `more` bytes of address space beyond what is taken now. Only Linux can tell and enforce it."""
-    torch.set_num_threads(1)  # each further one would need address space
-    if sys.platform == "linux":
-        import resource
-
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + more
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-
-if __name__ == "__main__":
-    limit_memory(int(sys.argv[2]))
-    main(sys.argv[1], int(sys.argv[2]), sys.stdout.buffer)

@@ -12,8 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from vitcli.errors import CheckpointError
 from vitcli.weights import Foreign
-from vitcli.weights._huggingface_config import checked
-from vitcli.weights._huggingface_processor import Mean, Pixels, Side, Std
+from vitcli.weights._json import Mean, Pixels, Side, Std, checked
 
 FILE = "config.json"
 HEADS = {r"vit_giantopt_.*": 16, r"vit_base_patch16_gap_224": 16, r"test_vit2?": 2}

@@ -1,17 +1,19 @@
 """Image towers of CLIP, as OpenAI and open_clip save them: beside the text tower, or alone.
 
 A tower ends in an embedding, not in classes. OpenAI's has QuickGELU; its state dict holds some of the model's numbers
-as tensors, which tell it from open_clip's. Of all others open_clip_config.json tells; without it they are taken for the
-usual: exact GELU, the class token read. --set model.activation=quick_gelu mends that for a fine-tuning.
+as tensors, which tell it from open_clip's; saved again without them it cannot be told. Of all others
+open_clip_config.json tells; without it they are taken for the usual: exact GELU, the class token read. --set
+model.activation=quick_gelu mends that for a fine-tuning.
 """
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, PositiveInt, ValidationError
+from pydantic import BaseModel, PositiveInt
 
 from vitcli.errors import CheckpointError
 from vitcli.weights import Beside, Foreign, Tensors
 from vitcli.weights._architecture import add_zero_biases, infer
+from vitcli.weights._json import checked
 from vitcli.weights._names import rename
 
 BLOCK = "transformer.resblocks.#."
@@ -92,7 +94,7 @@ def read(tensors: Tensors, beside: Beside) -> Foreign:
     for start, kind in OTHERS.items():
         if any(name.startswith(start) for name in _tower(set(tensors))):
             raise CheckpointError(kind)
-    config = _config(beside.config)
+    config = checked(OpenClip, beside.config, "open_clip_config.json")
     model, vision = config.model_cfg, config.model_cfg.vision_cfg
     openai = tensors.keys() >= NUMBERS
     _drop_text(tensors)
@@ -116,15 +118,6 @@ def read(tensors: Tensors, beside: Beside) -> Foreign:
     )
     preprocessing = _preprocessing(config.preprocess_cfg, image_size)
     return Foreign("clip", architecture, state, embedding, image_size, preprocessing, classes=())
-
-
-def _config(config: dict[str, Any]) -> OpenClip:
-    try:
-        return OpenClip.model_validate(config)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"open_clip_config.json: {where}: {first['msg']}") from error
 
 
 def _drop_text(tensors: Tensors) -> None:

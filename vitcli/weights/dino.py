@@ -1,16 +1,20 @@
 """DINO and DINOv2 (facebookresearch): a backbone, or the teacher of a training checkpoint with heads beside it.
 
 The class token is read. With DINOv2's linear classifier beside the backbone the head reads the mean of the patches
-too. The table of DINOv2's released weights is for 518 pixels.
+too. DINOv2's released weights have a table for 518 pixels, and DINOv2 evaluates them at 224, stretching it: so does
+`read`, as for transformers' folders of the same models, whose processor says 224.
 """
 
 import re
+from dataclasses import replace
 
 from vitcli.errors import CheckpointError
 from vitcli.weights import Beside, Foreign, Tensors, _refused
+from vitcli.weights._architecture import stretched
 from vitcli.weights.timm import plain
 
 CORE = {"cls_token", "pos_embed", "patch_embed.proj.weight", "norm.weight"}
+TRAINED, EVALUATED = (518, 518), (224, 224)
 DROPPED = ("mask_token", "dino_head.", "ibot_head.", "head.mlp.", "head.last_layer.")  # used in training only
 NAMES = {
     r"^linear_head\.": "head.",
@@ -44,4 +48,7 @@ def read(tensors: Tensors, beside: Beside) -> Foreign:
         if ours in renamed:
             raise CheckpointError(f"there is a second tensor for {ascii(ours)[1:-1][:80]}")
         renamed[ours] = value
-    return plain("dino", renamed, beside, posemb_resize)
+    foreign = plain("dino", renamed, beside, posemb_resize)
+    if foreign.image_size != TRAINED:
+        return foreign
+    return stretched(replace(foreign, preprocessing=foreign.preprocessing | {"resize": 256}), EVALUATED)

@@ -183,7 +183,7 @@ def _refuse(c: ViTConfig) -> None:
         "encoder without positions": c.depth and c.posemb == "none",
         "norm before the blocks": c.pre_norm,
         "norm after pooling": c.norm_after_pool,
-        f"norm epsilon {c.norm_eps:g}; it is always 1e-06": c.norm_eps != 1e-6,
+        f"norm_eps: {c.norm_eps:g}, only 1e-06": c.norm_eps != 1e-6,
     }
     for part, there in parts.items():
         if there:

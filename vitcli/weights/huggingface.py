@@ -15,12 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vitcli.errors import CheckpointError
-from vitcli.model.position import resize_state, sincos2d, sincos2d_mae
+from vitcli.model.position import sincos2d, sincos2d_mae
 from vitcli.weights import Beside, Foreign, Tensors, _huggingface_config, _huggingface_processor
-from vitcli.weights._architecture import add_zero_biases, infer
+from vitcli.weights._architecture import add_zero_biases, infer, stretched
 from vitcli.weights._huggingface_card import card
-from vitcli.weights._huggingface_config import FAMILIES, Config, checked, family_of
-from vitcli.weights._huggingface_processor import Pixels, Processor
+from vitcli.weights._huggingface_config import FAMILIES, Config, family_of
+from vitcli.weights._huggingface_processor import Processor
+from vitcli.weights._json import Pixels, checked
 from vitcli.weights._names import rename
 
 BLOCK = "encoder.layer.#."
@@ -132,18 +133,16 @@ def read(tensors: Tensors, beside: Beside) -> Foreign:
     conventions = found.conventions(family)
     config, classes, image_size = infer(state, found.num_attention_heads or beside.heads, found.sides, **conventions)
     pixels = _pixels(found, beside, FAMILIES[family].pixels(image_size))
-    seen = config.stride * (pixels.res[0] // config.stride), config.stride * (pixels.res[1] // config.stride)
-    if 0 in seen:
-        raise CheckpointError(f"images of {pixels.res[0]}x{pixels.res[1]} are smaller than a patch of {config.stride}")
-    return Foreign(
+    foreign = Foreign(
         format="huggingface",
         config=config,
-        state=resize_state(state, config, image_size, seen) if seen != image_size else dict(state),
+        state=dict(state),
         head_classes=classes,
-        image_size=seen,
-        preprocessing=pixels.model_dump() | {"res": seen},
+        image_size=image_size,
+        preprocessing=pixels.model_dump(),
         classes=() if family == "clip" and classes else found.names(classes),
     )
+    return stretched(foreign, pixels.res)
 
 
 def _is_dinov3(names: Iterable[str]) -> bool:
