@@ -76,3 +76,16 @@ def finish(started: subprocess.Popen[str]) -> Said:
     """Wait for a process."""
     out, err = started.communicate(timeout=300)
     return Said(started.returncode, out, err)
+
+
+def content(run: Path) -> dict[str, object]:
+    """Everything that must be equal: weights, moments, average, position, and the log without its timings."""
+    last = max((run / "checkpoints").iterdir())
+    files = [last / name for name in ("model.safetensors", "training.safetensors")]
+    files += [run / place / "model.safetensors" for place in ("best", "last")]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("images_per_second", None), row.pop("waiting", None)
+    position = json.loads((last / "state.json").read_text())
+    position.pop("log_bytes")
+    return {str(file.relative_to(run)): file.read_bytes() for file in files} | {"log": rows, "position": position}

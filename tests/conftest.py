@@ -1,9 +1,11 @@
 import os
+import random
 from pathlib import Path
 
 import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
+from PIL import Image
 
 # Every test also checks the shapes in the model's signatures.
 install_import_hook("vitcli.model", "beartype.beartype")
@@ -41,3 +43,34 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def zygote():
+    from zygote import Zygote  # after the import hook
+
+    with Zygote() as zygote:
+        yield zygote
+
+
+@pytest.fixture(scope="session")
+def undisturbed(zygote, tmp_path_factory):
+    """A run that nothing happens to; changes.txt counts what its saves changed on disk."""
+    from zygote import RECIPE
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    said = zygote(folder, *RECIPE, fault=("count_changes", "changes.txt"))
+    assert said.code == 0, said.err
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Two classes of 40 small images, which two loader processes read."""
+    root, chance = tmp_path_factory.mktemp("photos"), random.Random(0)
+    for name in ("train/a", "train/b", "val/a", "val/b"):
+        (root / name).mkdir(parents=True)
+        for number in range(40):
+            image = Image.frombytes("RGB", (12, 12), chance.randbytes(432))
+            image.save(root / name / f"{number:02}.png")
+    return root

@@ -130,6 +130,19 @@ def test_a_driver_that_torch_cannot_use_is_a_problem(monkeypatch):
     assert finding.ok
 
 
+def test_nccl_and_its_settings(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch._C, "_nccl_version", lambda: 23007, raising=False)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 30, 7))
+    monkeypatch.setenv("NCCL_IB_DISABLE", "1")
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
+    found = {item: value for _, item, value, _ in doctor._nccl()}
+    assert found.items() >= {"NCCL": "2.30.7", "NCCL_IB_DISABLE": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3"}.items()
+    monkeypatch.delattr(torch._C, "_nccl_version")
+    assert list(doctor._nccl()) == [Finding("torch", "NCCL", "not built in")]
+
+
 def test_tensorrt_that_is_missing_broken_or_without_a_gpu(monkeypatch, tmp_path):
     (tmp_path / "broken_tensorrt.py").write_text("raise OSError('libx.so.1: no such file')\n")
     monkeypatch.syspath_prepend(tmp_path)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from command import TINY, finish, process, sets
+from command import TINY, content, finish, process, sets
 
 STEPS = 60
 RECIPE = ["quickstart", *sets(*TINY, f"steps={STEPS}", "eval_every=20", "save_every=5", "log_every=4")]
@@ -20,19 +20,6 @@ def undisturbed(tmp_path_factory) -> Path:
     said = finish(process("pretrain", *RECIPE, "--run", "run", cwd=folder))
     assert said.code == 0, said.err
     return folder / "run"
-
-
-def content(run: Path) -> dict[str, object]:
-    """Everything that must be equal: weights, moments, average, position, and the log without its timings."""
-    last = run / "checkpoints" / f"step_{STEPS:08d}"
-    files = [last / name for name in ("model.safetensors", "training.safetensors")]
-    files += [run / place / "model.safetensors" for place in ("best", "last")]
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for row in rows:
-        row.pop("images_per_second", None), row.pop("waiting", None)
-    position = json.loads((last / "state.json").read_text())
-    position.pop("log_bytes")
-    return {str(file.relative_to(run)): file.read_bytes() for file in files} | {"log": rows, "position": position}
 
 
 def start(folder: Path):
@@ -115,7 +102,8 @@ def test_no_whole_checkpoint_left(undisturbed, tmp_path):
 
 def test_one_process_a_run_folder(undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    for left in ("checkpoints", "last"):
+        shutil.rmtree(tmp_path / "run" / left)
     first = start(tmp_path)
     while first.poll() is None and not (tmp_path / "run" / "checkpoints").exists():
         time.sleep(0.01)

@@ -20,6 +20,7 @@ from vitcli.data_commands import data_commands
 from vitcli.errors import CheckpointError, DataError, RecipeError
 from vitcli.export_command import export
 from vitcli.recipe_commands import recipe_names, recipes
+from vitcli.run_commands import runs
 
 if TYPE_CHECKING:
     from vitcli.data.sources import Dataset
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.add_typer(recipes, name="recipes", rich_help_panel="Look")
 app.add_typer(data_commands, name="data", rich_help_panel="Look")
+app.add_typer(runs, name="runs", rich_help_panel="Look")
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Annotated[
@@ -67,6 +69,15 @@ Resume = Annotated[
 Gpus = Annotated[
     int | None, Option(min=1, help="Train on so many GPUs of this machine, a process each.", rich_help_panel=TRAIN)
 ]
+Profile = Annotated[
+    int,
+    Option(
+        metavar="N",
+        min=0,
+        help="Record N updates: Chrome trace and slowest kernels in the run's profile/.",
+        rich_help_panel=TRAIN,
+    ),
+]
 DryRun = Annotated[bool, Option("--dry-run", help="Print size, cost and time of the training, and train nothing.")]
 Json = Annotated[bool, Option("--json", help="One JSON object on stdout.", rich_help_panel=RESULT)]
 Checkpoint = Annotated[
@@ -91,6 +102,7 @@ def pretrain(
     run: RunFolder = None,
     resume: Resume = None,
     gpus: Gpus = None,
+    profile: Profile = 0,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
@@ -106,7 +118,7 @@ def pretrain(
 
     if resume:
         _refuse_with_resume(recipe=recipe, set=sets, run=run)
-        _resume(resume, json, gpus)
+        _resume(resume, json, gpus, profile)
         return
     if recipe is None:
         raise RecipeError("no recipe given", "vit pretrain quickstart, or `vit recipes` for the others")
@@ -118,7 +130,7 @@ def pretrain(
         _launch(gpus)
     from vitcli import launch  # loads torch, which a wrong recipe need not wait for
 
-    _finish(launch.begin(loaded, recipe, run), json)
+    _finish(launch.begin(loaded, recipe, run, profile=profile), json)
 
 
 @app.command(rich_help_panel="Train")
@@ -143,6 +155,7 @@ def finetune(
     run: RunFolder = None,
     resume: Resume = None,
     gpus: Gpus = None,
+    profile: Profile = 0,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
@@ -158,7 +171,7 @@ def finetune(
     if resume:
         given = {"ckpt": ckpt, "data": data, "classes": classes, "res": res, "set": sets, "run": run}
         _refuse_with_resume(**given, keep_pre_logits=keep_pre_logits)
-        _resume(resume, json, gpus)
+        _resume(resume, json, gpus, profile)
         return
     if ckpt is None:
         raise RecipeError("no --ckpt given", "vit finetune --ckpt WEIGHTS --data FOLDER; without weights: vit pretrain")
@@ -188,7 +201,7 @@ def finetune(
         _launch(gpus)
     from vitcli import launch
 
-    _finish(launch.begin(loaded, recipe, run, ckpt, trained), json)
+    _finish(launch.begin(loaded, recipe, run, ckpt, trained, profile), json)
 
 
 @app.command(name="eval", rich_help_panel="Use")
@@ -305,12 +318,12 @@ def doctor(json: Json = False) -> None:
     )
 
 
-def _resume(run: Path, json: bool, gpus: int | None) -> None:
+def _resume(run: Path, json: bool, gpus: int | None, profile: int) -> None:
     if gpus:
         _launch(gpus)
     from vitcli import launch
 
-    _finish(launch.resume(run), json)
+    _finish(launch.resume(run, profile), json)
 
 
 def _launch(gpus: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -12,9 +13,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from vitcli.errors import UserError
+from vitcli.errors import StorageError, UserError
 
 out, err = Console(), Console(stderr=True)
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 UsageError = typer.BadParameter.__mro__[2]  # of all mistakes of usage; typer 0.29 has a copy of click's of its own
 
 
@@ -74,6 +76,16 @@ def run(app: typer.Typer) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except Exception as error:
-        print_error(f"a bug: {type(error).__name__}: {error}")
-        err.print("hint: VIT_DEBUG=1 shows where; please report it", highlight=False, markup=False)
+        code = _unexpected(error)
     sys.exit(code)
+
+
+def _unexpected(error: Exception) -> int:
+    """Say what nothing has foreseen, and its exit code: a disk that refuses, or else a bug."""
+    if isinstance(error, OSError) and error.errno in DISK:
+        print_error(f"cannot write{f' {error.filename}' if error.filename else ''}: {error.strerror}")
+        err.print("hint: free space or choose another folder", highlight=False, markup=False)
+        return StorageError.exit_code
+    print_error(f"a bug: {type(error).__name__}: {error}")
+    err.print("hint: VIT_DEBUG=1 shows where; please report it", highlight=False, markup=False)
+    return 1

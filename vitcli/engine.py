@@ -45,7 +45,10 @@ class Engine:
             from torch.nn.parallel import DistributedDataParallel
 
             ids = [processes.local] if device.type == "cuda" else None
-            self.forward = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+            replicated = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+            # Buffers are constants here, and a process that repeats an update would send them alone.
+            replicated.broadcast_buffers = False
+            self.forward = replicated
 
     @contextmanager
     def part(self, last: bool) -> Iterator[None]:

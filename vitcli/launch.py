@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vitcli import checkpoint, processes, recipe_files
+from vitcli import checkpoint, processes, recipe_files, trackers
 from vitcli import recipe as recipes
 from vitcli import run as runs
 from vitcli.checkpoint import Trained
@@ -22,12 +22,20 @@ from vitcli.train import Outcome, fit
 
 
 def begin(
-    recipe: Recipe, name: str, folder: Path | None, ckpt: Path | None = None, trained: Trained | None = None
+    recipe: Recipe,
+    name: str,
+    folder: Path | None,
+    ckpt: Path | None = None,
+    trained: Trained | None = None,
+    profile: int = 0,
 ) -> Outcome:
     """Train in a new run folder, from scratch or from `trained`, which `ckpt` holds; `name` is the recipe's.
 
+    So many updates are to `profile`.
+
     Where torchrun starts its processes again after one was lost, the run that they had begun is continued.
     """
+    trackers.require(recipe.track)
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
 
     def create() -> Run:
@@ -42,12 +50,12 @@ def begin(
         return run
 
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-        return resume(runs.launched(launch, folder, Path(name).stem))
+        return resume(runs.launched(launch, folder, Path(name).stem), profile)
     with processes.start(recipe.runtime.timeout) as several, _shared(several, create) as run:
-        return fit(recipe, run, _progress(run), trained, several)
+        return fit(recipe, run, _progress(run), trained, several, profile)
 
 
-def resume(folder: Path) -> Outcome:
+def resume(folder: Path, profile: int = 0) -> Outcome:
     """Train on in an old run folder; one that was killed before its first checkpoint starts again as it began."""
     resolved, start = folder / "recipe.resolved.yaml", folder / "start.json"
     if not resolved.is_file():
@@ -55,10 +63,15 @@ def resume(folder: Path) -> Outcome:
             f"{folder} is not a run folder: it has no {resolved.name}", "--resume takes a folder under runs/"
         )
     recipe = recipes.load(resolved)
+    trackers.require(recipe.track)
     with processes.start(recipe.runtime.timeout) as several, _shared(several, lambda: Run(folder)) as run:
-        fresh = start.exists() and not any(run.checkpoints.iterdir())
-        trained = checkpoint.load(Path(json.loads(start.read_text())["ckpt"])) if fresh else None
-        return fit(recipe, run, _progress(run), trained, several)
+        fresh = not any(run.checkpoints.iterdir())
+        if fresh and (folder / "last").exists():
+            raise CheckpointError(
+                f"{folder} is finished, and its checkpoints are deleted", f"train on: vit finetune --ckpt {folder}"
+            )
+        trained = checkpoint.load(Path(json.loads(start.read_text())["ckpt"])) if fresh and start.exists() else None
+        return fit(recipe, run, _progress(run), trained, several, profile)
 
 
 @contextmanager

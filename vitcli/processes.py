@@ -195,8 +195,8 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def whole(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Tensors of which each process may hold a part, put together, on the CPU. All processes must call this."""
-    return {name: plain(tensor.detach()).cpu() for name, tensor in tensors.items()}
+    """A copy on the CPU of tensors of which each process may hold a part. All processes must call this."""
+    return {name: plain(tensor.detach()).to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def spread(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

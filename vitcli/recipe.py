@@ -22,6 +22,7 @@ from vitcli.objectives.classify import Classify
 from vitcli.optim import OptimConfig
 from vitcli.runtime import RuntimeConfig
 from vitcli.schema import Schema, wrong
+from vitcli.trackers import TrackerName
 from vitcli.yaml_tree import Place, Tree
 
 
@@ -44,6 +45,9 @@ class Recipe(Schema):
     save_every: PositiveInt | None = Field(None, description="steps between checkpoints; null: with each evaluation")
     keep_last: PositiveInt = Field(2, description="checkpoints to keep")
     keep_every: PositiveInt | None = Field(None, description="also keep the checkpoints of every so many steps")
+    track: tuple[TrackerName, ...] = Field(  # pyright: ignore[reportInvalidTypeForm]
+        (), description="where else the lines of metrics.jsonl go"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,6 +26,7 @@ class Run:
     def __init__(self, path: Path):
         self.path = path
         self.silent = False
+        self.track: Callable[[dict[str, Any]], None] = lambda row: None
         self._lock: TextIO | None = (path / "run.lock").open("a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -79,7 +80,7 @@ class Run:
         return json.loads(file.read_text()) if file.exists() else {}
 
     def log(self, **values: Any) -> None:
-        """Append a line to metrics.jsonl."""
+        """Append a line to metrics.jsonl, and hand it to `track`."""
         if self.silent:
             return
         try:
@@ -87,6 +88,7 @@ class Run:
                 file.write(json.dumps(values) + "\n")
         except OSError as error:
             raise StorageError(f"cannot write {self.metrics_file}: {error.strerror}") from error
+        self.track(values)
 
     def log_size(self) -> int:
         """Bytes of metrics.jsonl so far."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field, PositiveInt, model_validator
 
-from vitcli.errors import MemoryExhaustedError, RecipeError
+from vitcli.errors import RecipeError
 from vitcli.processes import Processes
 from vitcli.schema import Schema, wrong
 
@@ -185,20 +185,6 @@ def start(config: RuntimeConfig, earlier: dict[str, Any] | None = None, processe
         chosen["residual"] = chosen["precision"] if device.type == "cuda" else "fp32"
     chosen |= {key: earlier[key] for key in chosen if earlier and key in earlier}
     return Runtime(device=device, threads=threads, alone=processes.count == 1, **chosen)
-
-
-@contextmanager
-def memory_errors(batch: int) -> Iterator[None]:
-    """Turn the device's out-of-memory error into a MemoryExhaustedError that says what to type."""
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise MemoryExhaustedError(
-            f"{batch} images at a time do not fit into memory: {str(error).splitlines()[0]}",
-            f"--set runtime.micro_batch={max(1, batch // 2)} gives the same training with less memory",
-        ) from error
 
 
 def seed(value: int) -> None:

@@ -89,11 +89,13 @@ def write_file(path: Path, content: bytes) -> None:
 
 def publish(folder: Path) -> None:
     """Give the files below a folder the mode of any new file: safetensors makes its own readable by one user only."""
-    mask = os.umask(0)
-    os.umask(mask)
+    new = folder / ".new"
+    new.touch()  # asking for the umask would change it for a moment, for other threads too
+    mode = new.stat().st_mode
+    new.unlink()
     for file in folder.rglob("*"):
         if file.is_file():
-            file.chmod(0o666 & ~mask)
+            file.chmod(mode)
 
 
 def _seal(folder: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +23,17 @@ from vitcli.data.sampling import told
 from vitcli.engine import Engine, exact_size
 from vitcli.errors import CheckpointError, DataError
 from vitcli.inference import TorchPredictor, score, share_of
+from vitcli.memory import MicroBatch
 from vitcli.meter import Meter
 from vitcli.optim import Number
 from vitcli.processes import Processes, plain, whole
+from vitcli.profiling import profiled
 from vitcli.report.plots import draw_results
 from vitcli.report.progress import Progress
 from vitcli.rng import Stream
+from vitcli.saver import Saver
 from vitcli.stop import Stop, Stopped
+from vitcli.trackers import tracking
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,12 +68,13 @@ def fit(
     progress: Progress,
     trained: Trained | None = None,
     processes: Processes = Processes(),  # noqa: B008 (frozen)
+    profile: int = 0,
 ) -> Outcome:
     """Train to the end of the recipe, from where the run folder stands.
 
     A run folder with a checkpoint is continued to the same bits; an empty one starts from `trained` or from the
     original's initial weights. SIGINT and SIGTERM end it after the update under way, with a checkpoint. Several
-    `processes` call this together and share each batch; the first alone writes.
+    `processes` call this together and share each batch; the first alone writes. So many updates are to `profile`.
     Raises DataError, CheckpointError, NumericsError, ProcessError, StorageError.
     """
     begin = time.monotonic()
@@ -158,17 +163,20 @@ def fit(
     def save() -> None:
         settle()
         position.log_bytes = run.log_size()
-        state = checkpoint.training_state(module, optimizer, average)
-        if processes.first:
-            checkpoint.save_training(run.checkpoints, position, state, recipe, classes)
+        state, here = checkpoint.training_state(module, optimizer, average), replace(position)
+
+        def write() -> None:
+            checkpoint.save_training(run.checkpoints, here, state, recipe, classes)
             checkpoint.prune(run.checkpoints, recipe.keep_last, recipe.keep_every)
 
-    def save_model(name: str) -> None:
-        state = whole(module.model.state_dict())
         if processes.first:
-            checkpoint.save_model(run.path / name, state, recipe, classes, position.step)
+            saver.begin(write)
 
-    meter = Meter(position, processes)
+    def save_model(name: str) -> None:
+        state, step = whole(module.model.state_dict()), position.step
+        if processes.first:
+            saver.begin(lambda: checkpoint.save_model(run.path / name, state, recipe, classes, step))
+
     saved = position.step if found else -1
     batches = train_batches(
         recipe.data,
@@ -181,26 +189,33 @@ def fit(
         neighbours=processes.neighbours,
         device=runtime.device,
     )
-    at_a_time = min(recipe.runtime.micro_batch or recipe.batch, len(share))
-    if recipe.runtime.exact:
-        at_a_time = exact_size(recipe.runtime.exact, recipe.batch, processes)
-    first_part = processes.rank * -(-len(share) // at_a_time)
+    rigid = bool(recipe.runtime.exact) or (processes.count > 1 and recipe.runtime.shard == "fsdp")
+    micro_batch = MicroBatch(_at_a_time(recipe, position, processes), position, processes, rigid, progress.note)
+
+    def seed(part: int) -> None:
+        """Let the model's chance in a part of this process's share follow from the step and the part's place."""
+        first = processes.rank * -(-len(share) // micro_batch.size)
+        runtimes.seed(rng.torch_seed(recipe.seed, Stream.MODEL, position.step, first + part))
 
     def learn(
         images: Tensor, targets: Tensor, lr: Number, share_of_new: Number
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """One update of the weights and their average: the objective's scalars, the gradient's norm, is it finite."""
         means: dict[str, Tensor] = {}
-        for index, part in enumerate(parts := _micro_batches(images, targets, at_a_time)):
-            if index:
-                runtimes.seed(rng.torch_seed(recipe.seed, Stream.MODEL, position.step, first_part + index))
-            weight = len(part["images"]) / len(share)
-            with engine.part(last=index == len(parts) - 1):
-                with runtime.autocast():
-                    losses = engine.forward(part)
-                (losses["loss"] * weight).backward()
-            for name, value in losses.items():
-                means[name] = means.get(name, 0.0) + value.detach() * weight
+        for attempt in micro_batch.attempts():
+            with attempt:
+                losses, means = {}, {}  # a failed attempt's losses hold what its backward pass needed
+                module.zero_grad()
+                for index, part in enumerate(parts := _micro_batches(images, targets, micro_batch.size)):
+                    if index or attempt.again:
+                        seed(index)
+                    weight = len(part["images"]) / len(share)
+                    with engine.part(last=attempt.final and index == len(parts) - 1):
+                        with runtime.autocast():
+                            losses = engine.forward(part)
+                        (losses["loss"] * weight).backward()
+                    for name, value in losses.items():
+                        means[name] = means.get(name, 0.0) + value.detach() * weight
         norm = optim.clip(module, recipe.optim.clip)
         finite = norm.isfinite()
         optim.update(optimizer, lr, finite)
@@ -208,24 +223,30 @@ def fit(
             average.update(share_of_new, finite)
         return means, plain(norm), plain(finite)
 
-    update = runtime.recorded(learn) if at_a_time == recipe.batch else learn
+    recorded = runtime.recorded(learn)
     with (
         Stop() as stop,
-        runtimes.memory_errors(at_a_time),
+        Saver() as saver,
+        tracking(recipe.track if processes.first else (), run.path, position.step, recipe.model_dump()) as run.track,
+        profiled(run.path / "profile", profile * processes.first, runtime.device, progress.note) as profile_step,
+        micro_batch.errors(),
         processes.errors(lambda: f"after step {position.step}"),
         progress.training(position.step, steps, recipe.batch),
     ):
+        meter = Meter(position, processes)
         module.train()
         while True:
             stop.signal = processes.largest(stop.signal or 0) or None
             if _due(position.step, eval_every, steps) and position.scored_step < position.step:
                 with suppress(Stopped):  # the checkpoint then says that this score is still owed
                     evaluate()
+                    saved = min(saved, position.step - 1)  # a checkpoint that owes this score is written again
             if saved < position.step and (position.step == 0 or stop.signal or _due(position.step, save_every, steps)):
                 save()
                 saved = position.step
             if stop.signal or position.step == steps:
                 break
+            saver.check()
 
             step, asked = position.step, time.monotonic()
             batch = next(batches)
@@ -239,11 +260,13 @@ def fit(
             images, targets = mix_share(images, targets, len(share), recipe.data.augment, chance)
 
             lr = optim.learning_rate(recipe.optim, step, steps, warmup)
-            runtimes.seed(rng.torch_seed(recipe.seed, Stream.MODEL, step, first_part))
+            seed(0)
+            update = recorded if micro_batch.size == recipe.batch else learn
             losses, norm, finite = update(images, targets, lr, average.share(step) if average else 0.0)
             meter.add(step, len(share), losses, norm, finite)
             position.step = step + 1
 
+            profile_step()
             progress.step(position.step)
             if position.step % recipe.log_every == 0 or position.step == steps:
                 settle()
@@ -252,9 +275,10 @@ def fit(
                 if "loss" in values:
                     progress.log(position.step, lr=lr, **values)
 
-    if not stop.signal:
-        with _averaged(average):
-            save_model("last")
+        if not stop.signal:
+            with _averaged(average):
+                save_model("last")
+
     if processes.first:
         draw_results(run.metrics_file, run.path / "results.png", title=run.path.name)
     return Outcome(
@@ -274,6 +298,14 @@ def fit(
 
 def _due(step: int, every: int, steps: int) -> bool:
     return step > 0 and (step % every == 0 or step == steps)
+
+
+def _at_a_time(recipe: Recipe, position: Position, processes: Processes) -> int:
+    """Images that go through the model at a time, as the recipe says, or as memory held them before."""
+    if recipe.runtime.exact:
+        return exact_size(recipe.runtime.exact, recipe.batch, processes)
+    size = position.micro_batch or recipe.runtime.micro_batch or recipe.batch
+    return min(size, len(processes.share(recipe.batch)))
 
 
 def _micro_batches(images: Tensor, targets: Tensor, size: int) -> list[dict[str, Tensor]]:

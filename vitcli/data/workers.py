@@ -15,6 +15,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypedDict
 
@@ -23,6 +24,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from vitcli.errors import DataError
+
+HUNG = 600.0  # seconds after which a process that hands over nothing is given up
 
 # The image uint8 (3, h, w) or None, its label, and what was broken: index, path, reason.
 Sample = tuple[Tensor | None, int, list[tuple[int, str, str]]]
@@ -101,9 +104,15 @@ class _Source:
         return Part(images=images, labels=labels, bad=[bad for *_, found in samples for bad in found])
 
 
-def _parts(iterator: Iterator[Part]) -> Iterator[Part]:
+def _parts(iterator: Any) -> Iterator[Part]:
+    waited = threading.Event()
     try:
-        yield from iterator
+        while True:
+            with _patience(iterator, waited):
+                part = next(iterator, None)
+            if part is None:
+                return
+            yield part
     except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
         if "No space left on device" in str(error):
             raise DataError(
@@ -112,10 +121,32 @@ def _parts(iterator: Iterator[Part]) -> Iterator[Part]:
             ) from error
         if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
             raise
+        if waited.is_set():
+            raise DataError(
+                f"the loader processes gave nothing for {HUNG:g} seconds", "does the disk with the images still answer?"
+            ) from error
         # Whoever dies while it hands over a part is noticed by the broken connection first.
         raise DataError(
             "a loader process was killed, perhaps for want of memory", "take fewer: --set data.workers=2, or 0"
         ) from error
+
+
+@contextmanager
+def _patience(iterator: Any, waited: threading.Event) -> Iterator[None]:
+    """Kill the workers if this takes too long: one that hangs has what this process waits for, without end."""
+
+    def give_up() -> None:
+        waited.set()
+        for process in iterator._workers:
+            process.kill()
+
+    watch = threading.Timer(HUNG, give_up)
+    watch.daemon = True
+    watch.start()
+    try:
+        yield
+    finally:
+        watch.cancel()
 
 
 def _settle(worker: int) -> None:

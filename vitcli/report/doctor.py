@@ -111,7 +111,22 @@ def _torch() -> Iterator[Finding]:
         yield Finding("torch", "CUDA", f"driver {driver} is there, but this torch ({built}) sees no device", ok=False)
     else:
         yield Finding("torch", "CUDA", "no NVIDIA driver here")
+    yield from _nccl()
     yield Finding("torch", "MPS", "available" if torch.backends.mps.is_available() else "not here")
+
+
+def _nccl() -> Iterator[Finding]:
+    """What several GPUs talk through, and the settings that the environment gives it."""
+    import torch
+    import torch.cuda.nccl
+
+    if not hasattr(torch._C, "_nccl_version"):  # where torch is built without it
+        yield Finding("torch", "NCCL", "not built in")
+        return
+    yield Finding("torch", "NCCL", ".".join(map(str, torch.cuda.nccl.version())))
+    for name in sorted(os.environ):
+        if name.startswith(("NCCL_", "TORCH_NCCL_")):
+            yield Finding("torch", name, os.environ[name])
 
 
 def _driver() -> str:

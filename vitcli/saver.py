@@ -1,0 +1,37 @@
+"""Writing beside training: the disk works in a thread while the next updates are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+WAITING = 2  # what may be unwritten at a time: a best model and the checkpoint of the same step
+
+
+class Saver:
+    """Does what it is given one after another, in order. In a `with`, at the end of which all of it is done.
+
+    An error is raised by the next call, or by the end of the `with` unless another one is on its way.
+    """
+
+    def __enter__(self) -> Saver:
+        self._thread = ThreadPoolExecutor(1, "saver")
+        self._unwritten: list[Future[None]] = []
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()
+        if not any(error):
+            self.check()
+
+    def begin(self, write: Callable[[], None]) -> None:
+        """Do `write` soon; it must own what it writes. Waits while too much is unwritten."""
+        self.check()
+        if len(self._unwritten) == WAITING:
+            self._unwritten.pop(0).result()
+        self._unwritten.append(self._thread.submit(write))
+
+    def check(self) -> None:
+        """Raise the error of what has been done."""
+        while self._unwritten and self._unwritten[0].done():
+            self._unwritten.pop(0).result()
