@@ -15,6 +15,7 @@ import typer
 from typer import Argument, Option
 
 from vitcli import __version__, console
+from vitcli.bench_command import bench
 from vitcli.console import answer, err, out, print_error
 from vitcli.errors import CheckpointError, DataError, RecipeError
 from vitcli.export_command import export
@@ -32,6 +33,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(recipes, name="recipes", rich_help_panel="Look")
+app.add_typer(bench, name="bench", rich_help_panel="Look")
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Provider = Annotated[Literal["auto", "cuda", "tensorrt", "cpu"], Option(help="ONNX Runtime's, for .onnx files.")]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from vitcli import runtime as runtimes
 from vitcli.errors import DataError
+from vitcli.model import ViTConfig
 from vitcli.recipe import Recipe
 from vitcli.runtime import Runtime
 
@@ -39,7 +40,7 @@ def plan(recipe: Recipe) -> Plan:
     """
     runtime = runtimes.start(recipe.runtime)
     classes, images = _data(recipe)
-    parameters, flops = _cost(recipe, classes)
+    parameters, flops = cost(recipe.model, classes, recipe.data.res)
     per_epoch = max(1, images // recipe.batch)
     steps = recipe.steps or max(1, round((recipe.epochs or 0) * per_epoch))
     height, width = recipe.model.grid(recipe.data.res)
@@ -69,7 +70,7 @@ def _data(recipe: Recipe) -> tuple[int, int]:
     return recipe.data.classes or len(dataset.classes), recipe.data.images or len(dataset)
 
 
-def _cost(recipe: Recipe, classes: int) -> tuple[int, int]:
+def cost(config: ViTConfig, classes: int, image_size: tuple[int, int]) -> tuple[int, int]:
     """Parameters, and floating-point operations of one image forward, of a model without memory.
 
     All tokens are counted through all blocks, as published numbers are; the forward pass itself may need fewer.
@@ -78,9 +79,9 @@ def _cost(recipe: Recipe, classes: int) -> tuple[int, int]:
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
-        model = recipe.model.build(classes, recipe.data.res).eval()
+        model = config.build(classes, image_size).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            tokens = model.encode(model.embed(torch.empty(1, 3, *recipe.data.res)))
+            tokens = model.encode(model.embed(torch.empty(1, 3, *image_size)))
             model.head(model.pre_logits(model.pool(tokens)))
     return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops()
 
