@@ -9,14 +9,14 @@ from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
 
-from vitcli.weights import _files
+from vitcli.weights import _reader
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "vitcli.weights._pth"])
 
 
 class Child:
-    """Stands in for Popen, of which it has what `_files` uses. Memory is limited as in a real one."""
+    """Stands in for Popen, of which it has what `_files` and `_reader` use. Memory is limited as in a real one."""
 
     def __init__(self, command: list[str], **_: Any):
         ours, theirs = CONTEXT.Pipe(duplex=False)
@@ -112,6 +112,6 @@ def _quiet() -> None:
 
 
 def install(monkeypatch: Any, popen: Any = Child) -> None:
-    """Let `_files` start forked children from now on."""
+    """Let `_reader` start forked children from now on."""
     names = {name: getattr(subprocess, name) for name in ("PIPE", "DEVNULL")}
-    monkeypatch.setattr(_files, "subprocess", SimpleNamespace(Popen=popen, **names))
+    monkeypatch.setattr(_reader, "subprocess", SimpleNamespace(Popen=popen, **names))

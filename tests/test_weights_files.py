@@ -28,7 +28,7 @@ from torch import nn
 
 from vitcli.errors import CheckpointError
 from vitcli.model import ViTConfig
-from vitcli.weights import _files, load
+from vitcli.weights import _files, _reader, load
 
 CONFIG = ViTConfig(width=48, depth=2, mlp_dim=96, heads=3, patch=8, activation="gelu", posemb_resize="bicubic")
 
@@ -126,11 +126,11 @@ def test_pytorch_tensors_of_every_kind(path, state):
 @pytest.mark.usefixtures("own_process")
 def test_pytorch_file_longer_than_one_mapping(path, state, monkeypatch):
     """A large file is mapped in parts, lest the process that reads it hold it all: here each tensor is a part."""
-    reader = Path(_files.__file__).with_name("_pth.py")
+    reader = Path(_reader.__file__).with_name("_pth.py")
     small = path.with_name("_pth.py")
     small.write_text(reader.read_text().replace("PART = 128 << 20", "PART = 1"))
     assert "PART = 1\n" in small.read_text().replace("  # ", "\n")
-    monkeypatch.setattr(_files, "__file__", str(small))
+    monkeypatch.setattr(_reader, "__file__", str(small))
     torch.save({"model": state}, path)
     assert_holds(path, state)
 

@@ -211,11 +211,14 @@ def evaluate(
 
     vit eval --ckpt ViT-B_16.npz --data imagenet/val --json
     """
-    from vitcli.inference import open_predictor, score
-    from vitcli.report import tables
+    from vitcli.weights import ahead
 
     ckpt = ckpt or _newest()
-    predictor = open_predictor(ckpt, device=device, provider=provider)
+    with ahead(ckpt):
+        from vitcli.inference import open_predictor, score
+        from vitcli.report import tables
+
+        predictor = open_predictor(ckpt, device=device, provider=provider)
     dataset = _images_to_score(ckpt, data)
     with err.status(f"scoring {len(dataset):,} images"):
         scores = score(predictor, dataset, batch=batch, workers=None, allow_bad=allow_bad)
@@ -252,14 +255,17 @@ def predict(
 
     vit predict photos/ --ckpt model.onnx --top 1 --csv
     """
-    from vitcli import inference
-    from vitcli.report import tables
+    from vitcli.weights import ahead
 
     if json + jsonl + csv > 1:
         raise RecipeError("--json, --jsonl and --csv exclude one another")
-    images = inference.find_images(paths)
     ckpt = ckpt or _newest()
-    predictor = inference.open_predictor(ckpt, device=device, provider=provider)
+    with ahead(ckpt):
+        from vitcli import inference
+        from vitcli.report import tables
+
+        images = inference.find_images(paths)
+        predictor = inference.open_predictor(ckpt, device=device, provider=provider)
     failed = 0
 
     def counted() -> Any:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitcli.errors import CheckpointError
 from vitcli.schema import folder
+from vitcli.weights._reader import ahead
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -96,6 +97,11 @@ def load(path: Path, heads: int | None = None) -> Foreign:
     `heads` is for files that do not tell the number of attention heads, where the usual one is wrong. Raises
     CheckpointError with what was found and what was expected.
     """
+    with ahead(path):
+        return _load(path, heads)
+
+
+def _load(path: Path, heads: int | None) -> Foreign:
     from vitcli.weights import _files
 
     try:

@@ -8,8 +8,6 @@ import io
 import json
 import re
 import struct
-import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -23,10 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vitcli.errors import CheckpointError
-from vitcli.weights import NAMES, Beside
+from vitcli.weights import NAMES, Beside, _reader
 
 HEADER_LIMIT = 4 << 20  # bytes of a list of tensors, in whatever form; a real one has some ten or hundred kB
-EXPANSION_LIMIT = 4, 256 << 20  # a file may take this times its size, and this many bytes more, in memory
 JSON_LIMIT = 8 << 20  # bytes of a config.json
 PATIENCE = 300, 10 << 20  # seconds for any PyTorch file, and bytes of it that a second must do in addition
 SAVE = 'save them: torch.save(torch.jit.load(FILE, "cpu").state_dict(), NEW_FILE)'
@@ -174,7 +171,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
     tensors = {}
     with _Archive(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
         size = sum(entry.file_size for entry in archive.infolist())
-        if size > _limit(path):
+        if size > _reader.limit(path):
             raise CheckpointError(f"the file would take {size >> 20} MiB in memory, far beyond its size")
         try:
             for entry in archive.infolist():
@@ -186,12 +183,6 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
                 f"the .npz file is damaged or holds more than arrays: {_line(error)}", AGAIN
             ) from error
     return tensors
-
-
-def _limit(path: Path) -> int:
-    """Bytes of memory that reading a file may take."""
-    factor, more = EXPANSION_LIMIT
-    return factor * path.stat().st_size + more
 
 
 def _tensor(array: np.ndarray) -> Tensor:
@@ -210,12 +201,8 @@ def _read_safetensors(path: Path, header: int) -> dict[str, Tensor]:
 
 
 def _read_pytorch(path: Path) -> dict[str, Tensor]:
-    # -P keeps this folder, whose files have names of packages, off the child's module path.
-    command = [sys.executable, "-P", str(Path(__file__).with_name("_pth.py")), str(path), str(_limit(path))]
     seconds = PATIENCE[0] + path.stat().st_size // PATIENCE[1]
-    child = subprocess.Popen(  # noqa: S603 - our own reader, no shell
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
+    child = _reader.take(path)
     begin, clock = time.monotonic(), Timer(seconds, child.kill)
     with child:
         assert isinstance(child.stdout, io.BufferedReader)
