@@ -275,6 +275,14 @@ def test_infer_of_checkpoint_and_onnx_beside_timm(vit, tmp_path):
     assert "model.onnx does not say its architecture" in said.err
 
 
+def test_infer_of_a_recipe_computes_as_the_recipe_says(vit):
+    said = vit("bench", "infer", "quickstart", *TINY, "--batch", 2, *QUICK, "--json").json
+    assert said["results"][0]["settings"].startswith("fp32")
+    assert said["machine"]["threads"] == "1"
+    said = vit("bench", "infer", "quickstart", *TINY, "--precision", "bf16", "--batch", 2, *QUICK, "--json").json
+    assert said["results"][0]["settings"].startswith("bf16")
+
+
 def test_data(vit):
     said = vit("bench", "data", "quickstart", *sets("data.workers=0"), *QUICK, "--json")
     assert said.code == 0, said.err
@@ -298,6 +306,7 @@ def test_data(vit):
         (("train", "quickstart", "--set", "optim.lr=fast"), 2, "optim.lr"),
         (("infer", "--ckpt", "missing.npz"), 4, "missing.npz does not exist"),
         (("infer", "--ckpt", "x.npz", "--set", "batch=4"), 2, "--set does not go with --ckpt"),
+        (("infer", "quickstart", "--ckpt", "x.npz"), 2, "a recipe does not go with --ckpt"),
         (("data", "b16_in1k"), 3, "data/imagenet"),
     ],
 )

@@ -105,34 +105,51 @@ def measure(
     its result, but for the first's, which is raised.
     """
     entered = []
-    for index, contender in enumerate(contenders):
-        result, ready = Result(contender.name, contender.settings), None
-        for batch in batches:
-            on_stage(f"{contender.name}, batch {batch}: set up and warm up")
-            try:
-                tried = _ready(contender, batch, device, seconds)
-            except Exception as error:
-                tried, small = None, _is_memory(error)
-                if not small and index == 0:
-                    raise
-                if not small:
-                    result.failed = (str(error) or type(error).__name__).splitlines()[0]
-                    break
-            result.tried[batch] = tried.speed if tried else None
-            ready = max(filter(None, (ready, tried)), key=lambda one: one.speed, default=None)
-        entered.append((result, ready))
-    running = [(result, ready) for result, ready in entered if ready and not result.failed]
+    for contender in contenders:
+        result = Result(contender.name, contender.settings)
+        try:
+            best = _at_best(contender, batches, device, seconds, on_stage, result.tried)
+        except Exception as error:
+            if contender is contenders[0]:
+                raise
+            best, result.failed = None, (str(error) or type(error).__name__).splitlines()[0]
+        else:
+            result.failed = "" if best else "out of memory"
+        entered.append((result, best))
+    running = [(result, best) for result, best in entered if best]
     if not running:
         shown = ", ".join(map(str, batches))
         raise MemoryExhaustedError(f"out of memory with a batch of {shown}", f"--batch {max(1, min(batches) // 2)}")
     for index in range(blocks):
         on_stage(f"block {index + 1} of {blocks}: {', '.join(result.name for result, _ in running)}")
-        for result, ready in running:
-            result.batch, result.memory = ready.batch, ready.memory
-            result.blocks.append(ready.batch * ready.calls / _seconds(ready.call, ready.calls, device))
-    for result, _ in entered:
-        result.failed = result.failed or ("" if result.blocks else "out of memory")
+        for result, best in running:
+            result.batch, result.memory = best.batch, best.memory
+            result.blocks.append(best.batch * best.calls / _seconds(best.call, best.calls, device))
     return [result for result, _ in entered]
+
+
+def _at_best(
+    contender: Contender,
+    batches: Sequence[int],
+    device: torch.device,
+    seconds: float,
+    on_stage: Callable[[str], None],
+    tried: dict[int, float | None],
+) -> _Ready | None:
+    """A contender at the fastest of the batches that fit, or None; `tried` is filled in."""
+    best = None
+    for batch in batches:
+        on_stage(f"{contender.name}, batch {batch}: set up and warm up")
+        try:
+            ready = _ready(contender, batch, device, seconds)
+        except Exception as error:
+            if not _is_memory(error):
+                raise
+            tried[batch] = None
+            continue
+        tried[batch] = ready.speed
+        best = max(best or ready, ready, key=lambda one: one.speed)
+    return best
 
 
 def _ready(contender: Contender, batch: int, device: torch.device, seconds: float) -> _Ready:

@@ -89,16 +89,19 @@ def train(
 
 @bench.command()
 def infer(
-    recipe: RecipeName = "b16_in1k",
+    recipe: Annotated[
+        str | None,
+        Argument(help="Name of a shipped recipe, or a .yaml file. [dim]b16_in1k[/]", autocompletion=recipe_names),
+    ] = None,
     ckpt: Annotated[
         list[Path] | None,
         Option("--ckpt", help="Run folder, checkpoint, .npz, .safetensors, .pth or .onnx in its stead; or several."),
     ] = None,
     sets: Set = None,
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], Option()] = "auto",
+    device: Annotated[Literal["cpu", "cuda", "mps"] | None, Option(help="[dim]The recipe's, or the fastest[/]")] = None,
     precision: Annotated[
-        Literal["auto", "fp32", "bf16"], Option(help="fp32 is how vit predict answers; auto: the fastest here.")
-    ] = "auto",
+        Literal["fp32", "bf16"] | None, Option(help="vit predict answers in fp32. [dim]The recipe's, or the faster[/]")
+    ] = None,
     threads: Annotated[int | None, Option(min=1, help="CPU threads. [dim]The physical cores[/]")] = None,
     batch: Batch = None,
     against: Against = None,
@@ -114,15 +117,19 @@ def infer(
     vit bench infer --ckpt model.pth --ckpt model.onnx --device cpu
     """
     how = _How(_batches(batch), blocks, seconds, _places(output), json)
-    if ckpt and sets:
-        raise RecipeError("--set does not go with --ckpt", "a checkpoint has its model already")
-    loaded = None if ckpt else _recipe(recipe, sets)
+    if ckpt and (recipe or sets):
+        what = "--set" if sets else "a recipe"
+        raise RecipeError(
+            f"{what} does not go with --ckpt: a checkpoint has its model already", "leave one of them out"
+        )
+    loaded = None if ckpt else _recipe(recipe or "b16_in1k", sets)
     names = _peers(against)
     from vitcli import contenders, runtime
     from vitcli.runtime import RuntimeConfig
 
-    config = RuntimeConfig.parse({"device": device, "precision": precision, "threads": threads})
-    started = runtime.start(config)
+    given = {"device": device, "precision": precision, "threads": threads}
+    config = loaded.runtime.model_dump() if loaded else {}
+    started = runtime.start(RuntimeConfig.parse(config | {key: value for key, value in given.items() if value}))
     subjects = [contenders.of_recipe(loaded)] if loaded else []
     subjects += [contenders.of_checkpoint(path, started) for path in ckpt or ()]
     subjects.sort(key=lambda one: one.config is None)  # the first one's architecture is what the peers build
@@ -236,7 +243,7 @@ def _finish(
     from vitcli.report.stages import Stages
 
     batches = how.batches or [32 if runtime.device.type == "cpu" else 256]
-    with Stages(err) as stages, contenders.each_compiled_alone():
+    with Stages(err) as stages, contenders.each_compiled_alone(runtime):
         stages.begin("speed of a large matrix product")
         ceiling = runtime.matmul_speed() if flops else None
         results = measure(

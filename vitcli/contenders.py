@@ -194,8 +194,11 @@ def settings(runtime: Runtime) -> str:
 
 
 @contextmanager
-def each_compiled_alone() -> Iterator[None]:
+def each_compiled_alone(runtime: Runtime) -> Iterator[None]:
     """Graphs for the one batch they are compiled for, however many batches and models are compiled."""
+    if not runtime.compile:
+        yield
+        return
     import torch._dynamo
 
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=1024):
