@@ -15,6 +15,7 @@ import typer
 from typer import Argument, Option
 
 from vitcli import __version__, console
+from vitcli.bench_command import bench
 from vitcli.console import answer, err, out, print_error
 from vitcli.data_commands import data_commands
 from vitcli.errors import CheckpointError, DataError, RecipeError
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.add_typer(recipes, name="recipes", rich_help_panel="Look")
 app.add_typer(data_commands, name="data", rich_help_panel="Look")
 app.add_typer(runs, name="runs", rich_help_panel="Look")
+app.add_typer(bench, name="bench", rich_help_panel="Look")
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Annotated[

@@ -38,14 +38,23 @@ def _system() -> Iterator[Finding]:
     yield Finding("system", "vitcli", __version__)
     yield Finding("system", "Python", platform.python_version())
     yield Finding("system", "OS", platform.platform())
+    yield Finding("system", "CPU", cpu_name())
     cpu = _cpuinfo()
-    model = cpu.get("model name") or platform.processor() or platform.machine()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Finding("system", "CPU", f"{model}, {cores} usable cores")
     flags = (cpu.get("flags") or cpu.get("Features") or "").split()
     fast = [flag for flag in BF16_FLAGS if flag in flags]
     yield Finding("system", "CPU bf16", ", ".join(fast) if fast else "no instructions for it: slow")
     yield Finding("system", "memory", _memory())
+
+
+def cpu_name() -> str:
+    """The processor, and how many of its cores this process may use."""
+    model = _cpuinfo().get("model name") or platform.processor() or platform.machine()
+    return f"{model}, {usable_cores()} usable cores"
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpuinfo() -> dict[str, str]:
