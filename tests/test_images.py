@@ -9,11 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vitcli.data.images import BadImage, decode
+from vitcli.data.images import BadImage, decode, decode_pixels
+from vitcli.data.preprocess import pixels
 from vitcli.errors import DataError
 
 # An image without any symmetry: each corner block has a colour of its own.
@@ -333,3 +335,48 @@ def test_any_bytes_give_an_image_or_bad_image(data):
 @given(mutants())
 def test_many_mutants(data):
     test_any_bytes_give_an_image_or_bad_image.hypothesis.inner_test(data)
+
+
+def rotated(image, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(image, "JPEG", exif=exif)
+
+
+PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)).resize((60, 45))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encode(PHOTO, "JPEG"),
+        encode(PHOTO, "JPEG", progressive=True),
+        encode(PHOTO, "JPEG", quality=30, subsampling=2, icc_profile=b"no profile"),
+        encode(PHOTO.convert("L"), "JPEG"),
+        encode(PHOTO.convert("CMYK"), "JPEG"),
+        rotated(PHOTO, 6),
+        encode(PHOTO, "JPEG") + b"after the end",
+        encode(PHOTO, "PNG"),
+        encode(PHOTO.convert("RGBA"), "PNG"),
+    ],
+)
+def test_the_short_way_to_pixels_gives_the_same(data):
+    assert torch.equal(decode_pixels(data, "x.jpg"), pixels(decode(data)))
+
+
+def test_the_short_way_decodes_real_images_alike(shared):
+    files = sorted((shared / "data/imagenet200").glob("*/*.JPEG"))
+    assert len(files) == 200
+    for file in files[::4]:
+        assert torch.equal(decode_pixels(file.read_bytes(), str(file)), pixels(decode(file))), file
+
+
+@pytest.mark.parametrize(
+    "data", [encode(PHOTO, "JPEG")[:-200], encode(PHOTO, "JPEG")[:30], b"\xff\xd8 no image \xff\xd9"]
+)
+def test_the_short_way_refuses_alike(data):
+    with pytest.raises(BadImage) as expected:
+        decode(data, "x.jpg")
+    with pytest.raises(BadImage) as found:
+        decode_pixels(data, "x.jpg")
+    assert str(found.value) == str(expected.value)

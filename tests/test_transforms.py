@@ -34,7 +34,7 @@ def config(**data):
 
 
 def cropped(image, data, index):
-    return crop(image, data, rng.generator(0, Stream.CROP, 0, index))
+    return crop(pixels(image), data, rng.generator(0, Stream.CROP, 0, index))
 
 
 def chances(count, seed=0):

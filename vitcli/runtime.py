@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from pydantic import Field, PositiveInt, model_validator
 
 from vitcli.errors import RecipeError
+from vitcli.heap import keep_freed
 from vitcli.processes import Processes
 from vitcli.schema import Schema, wrong
 
@@ -170,6 +171,7 @@ def start(config: RuntimeConfig, earlier: dict[str, Any] | None = None, processe
     processes = processes or Processes()
     threads = config.threads or max(1, _physical_cores() // processes.neighbours)
     torch.set_num_threads(threads)
+    keep_freed()
     device = _device(config.device)
     if device.type == "cuda" and processes.count > 1:
         device = torch.device("cuda", processes.local)

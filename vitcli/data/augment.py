@@ -10,12 +10,11 @@ from itertools import permutations
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vitcli.data import Augment, DataConfig
 from vitcli.data.place import put
-from vitcli.data.preprocess import pixels, prepare, resize, shorter_side
+from vitcli.data.preprocess import prepare, shorter_side, stretch, to_image
 from vitcli.data.randaugment import Images, blend, grey, randaugment
 from vitcli.rng import Generators
 
@@ -24,22 +23,23 @@ TRIES = 10  # of a rectangle to erase
 ORDERS = list(permutations(range(3)))
 
 
-def crop(image: Image.Image, config: DataConfig, rng: np.random.Generator) -> Tensor:
-    """An RGB image as uint8 (3, height, width) of the model's resolution."""
+def crop(x: Tensor, config: DataConfig, rng: np.random.Generator) -> Tensor:
+    """An image (3, h, w) cut to the model's resolution, uint8 (3, height, width)."""
     how = config.augment
     if how.crop == "inception_crop":
-        image = image.crop(inception_box(image.size, how.area, how.aspect, rng))
-        return pixels(resize(image, config.res, how.interpolation, how.antialias))
-    x = before_crop(image, config)
+        left, top, right, bottom = inception_box((x.shape[2], x.shape[1]), how.area, how.aspect, rng)
+        return stretch(x[:, top:bottom, left:right], config.res, how.interpolation, how.antialias)
+    x = before_crop(x, config)
     return x if how.crop == "central_crop" else random_crop(x, config.res, how.pad, rng)
 
 
-def before_crop(image: Image.Image, config: DataConfig) -> Tensor:
-    """What a random or central crop does to an image that chance has no part in: uint8 (3, h, w)."""
+def before_crop(x: Tensor, config: DataConfig) -> Tensor:
+    """What a random or central crop does to an image (3, h, w) that chance has no part in: uint8 (3, h, w)."""
     how = config.augment
     if how.crop == "central_crop":
-        return prepare(image, config.preprocessing)
-    return pixels(resize(image, how.resize or shorter_side(image, max(config.res)), how.interpolation, how.antialias))
+        return prepare(to_image(x), config.preprocessing)
+    size = how.resize or shorter_side((x.shape[2], x.shape[1]), max(config.res))
+    return stretch(x, size, how.interpolation, how.antialias)
 
 
 def inception_box(

@@ -147,7 +147,7 @@ def is_small(images: int, res: Sequence[int]) -> bool:
 def _scored_batches(parts: Generator[Part, None, None], device: torch.device) -> Generator[Batch, None, None]:
     with closing(parts):
         for part in parts:
-            batch = _join([part])
+            batch = _join([part], pinned=device.type == "cuda")
             yield batch | {"images": put(batch["images"], device)}
 
 
@@ -165,7 +165,7 @@ def _loaded_batches(
             complete = sum(len(part["labels"]) for part in parts) == len(indices)
             if not complete or len(broken) > data.bad_images * len(dataset):
                 raise _too_many(list(broken.values()), data.bad_images, len(dataset))
-            batch = _join(parts)
+            batch = _join(parts, pinned=device.type == "cuda")
             images, labels = put(batch["images"], device), put(batch["labels"], device)
             chance = rng.Generators(seed, Stream.PIXELS, turn, indices)
             yield batch | {"images": augment(images, data, chance), "labels": labels}
@@ -266,7 +266,7 @@ def _training_sample(data: DataConfig, dataset: Dataset, seed: int, position: tu
     bad = []
     for _ in range(TRIES if data.bad_images else 1):
         try:
-            image = dataset.image(index)
+            image = dataset.pixels(index)
         except BadImage as error:
             bad.append((index, error.path, error.reason))
             index = int(others.integers(len(dataset)))
@@ -278,7 +278,7 @@ def _training_sample(data: DataConfig, dataset: Dataset, seed: int, position: tu
 def _whole_sample(data: DataConfig, dataset: Dataset, shape: torch.Size | None, index: int) -> Sample:
     """An image before chance comes in. One of another `shape` is as useless as a broken one."""
     try:
-        image = before_crop(dataset.image(index), data)
+        image = before_crop(dataset.pixels(index), data)
     except BadImage as error:
         return None, 0, [(index, error.path, error.reason)]
     if shape is not None and image.shape != shape:
@@ -294,15 +294,13 @@ def _eval_sample(preprocessing: Preprocessing, dataset: Dataset, index: int) -> 
         return None, 0, [(index, error.path, error.reason)]
 
 
-def _join(parts: list[Part]) -> Batch:
-    images, labels = [part["images"] for part in parts], [part["labels"] for part in parts]
-    batch: Batch = {"images": _cat(images), "labels": _cat(labels)}
+def _join(parts: list[Part], pinned: bool) -> Batch:
+    """Parts as one batch, `pinned` in memory that a GPU reads by itself."""
+    found = [part["images"] for part in parts]
+    images = torch.empty((sum(map(len, found)), *found[0].shape[1:]), dtype=torch.uint8, pin_memory=pinned)
+    batch: Batch = {"images": torch.cat(found, out=images), "labels": torch.cat([part["labels"] for part in parts])}
     bad = [BadImage(path, reason) for part in parts for _, path, reason in part["bad"]]
     return batch | {"bad": bad} if bad else batch
-
-
-def _cat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
 
 def _is_easy(dataset: Dataset, res: tuple[int, int]) -> bool:

@@ -19,7 +19,8 @@ def put(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on the device; on CUDA without waiting for it."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+    return pinned.to(device, non_blocking=True)
 
 
 def ahead(batches: Generator[dict[str, T], None, None], device: torch.device) -> Iterator[dict[str, T]]:

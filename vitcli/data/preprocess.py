@@ -22,7 +22,7 @@ def prepare(image: Image.Image, p: Preprocessing) -> Tensor:
     """
     if p.resize is None:
         return pixels(resize(image, p.res, p.interpolation, p.antialias))
-    image = resize(image, shorter_side(image, p.resize), p.interpolation, p.antialias)
+    image = resize(image, shorter_side(image.size, p.resize), p.interpolation, p.antialias)
     (height, width), (columns, rows) = p.res, image.size
     top, left = round((rows - height) / 2), round((columns - width) / 2)
     return pixels(image.crop((left, top, left + width, top + height)))
@@ -57,19 +57,35 @@ def resize(image: Image.Image, size: tuple[int, int], interpolation: Interpolati
         return Image.fromarray((covered + 0.5).astype(np.uint8))
     if antialias:
         return image.resize((width, height), _PIL[interpolation])
-    stretched = F.interpolate(pixels(image)[None], size, mode=interpolation, align_corners=False)
-    return Image.fromarray(stretched[0].permute(1, 2, 0).numpy())
+    return to_image(stretch(pixels(image), size, interpolation, antialias))
 
 
-def shorter_side(image: Image.Image, side: int) -> tuple[int, int]:
-    """(height, width) that keeps the aspect and has this shorter side; the longer is rounded down, as torchvision."""
-    width, height = image.size
+def stretch(x: Tensor, size: tuple[int, int], interpolation: Interpolation, antialias: bool) -> Tensor:
+    """The same of uint8 (3, h, w), without a detour where there need be none."""
+    if antialias or interpolation in ("nearest", "area"):
+        return pixels(resize(to_image(x), size, interpolation, antialias))
+    if tuple(x.shape[1:]) == tuple(size):
+        return x
+    return F.interpolate(x[None], size, mode=interpolation, align_corners=False)[0]
+
+
+def shorter_side(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """(height, width) that keep the aspect of an image (width, height) and have this shorter side.
+
+    The longer is rounded down, as torchvision does.
+    """
+    width, height = size
     return (side, side * width // height) if height <= width else (side * height // width, side)
 
 
 def pixels(image: Image.Image) -> Tensor:
     """An RGB image as uint8 (3, height, width)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def to_image(x: Tensor) -> Image.Image:
+    """The inverse of `pixels`."""
+    return Image.fromarray(x.permute(1, 2, 0).contiguous().numpy())
 
 
 def _cover(x: np.ndarray, size: int, axis: int) -> np.ndarray:

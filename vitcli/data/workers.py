@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from vitcli.errors import DataError
+from vitcli.heap import keep_freed
 
 HUNG = 600.0  # seconds after which a process that hands over nothing is given up
 
@@ -151,6 +152,7 @@ def _patience(iterator: Any, waited: threading.Event) -> Iterator[None]:
 
 def _settle(worker: int) -> None:
     """The first act of a worker."""
+    keep_freed()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()

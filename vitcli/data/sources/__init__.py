@@ -20,6 +20,7 @@ from vitcli.schema import Schema, one_of
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
 Split = Literal["train", "val"]
 
@@ -44,6 +45,14 @@ class Dataset(ABC):
     @abstractmethod
     def image(self, index: int) -> Image.Image:
         """The image, upright and RGB. Raises BadImage with file and reason."""
+
+    def pixels(self, index: int) -> Tensor:
+        """The image as uint8 (3, h, w), by the shortest way. Raises BadImage."""
+        from vitcli.data.images import decode_pixels
+        from vitcli.data.preprocess import pixels
+
+        data = self.read(index)
+        return pixels(self.image(index)) if data is None else decode_pixels(data, self.path(index))
 
     def read(self, index: int) -> bytes | None:
         """The file before it is decoded, or None where there is none. Raises BadImage."""
