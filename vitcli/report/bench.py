@@ -98,7 +98,7 @@ def chart(bench: Bench, form: str) -> bytes:
     colors = ["#1f6feb" if result is bench.results[0] else "#9aa5b1" for result in shown]
     names = [f"{result.name}\n{result.settings}" for result in shown]
     bars = axes.barh(names, medians, xerr=spread, color=colors, capsize=3, height=0.6)
-    axes.bar_label(bars, [f"{median:,.4g}" for median in medians], padding=6)
+    axes.bar_label(bars, [_rate(median) for median in medians], padding=6)
     axes.tick_params(axis="y", labelsize=8)
     axes.margins(x=0.12)
     axes.set_xlabel("images a second: median block, slowest and fastest")
@@ -124,22 +124,27 @@ def _cells(bench: Bench, result: Result) -> tuple[str, ...]:
     if not result.blocks:
         return (result.name, "-", "-", "-", "-", "-", "-", result.failed)
     reached, share = bench.flops_per_second(result), bench.share(result)
-    core = f", {result.median / usable_cores():,.4g} img/s a core" if bench.task == "loading" else ""
+    core = f", {_rate(result.median / usable_cores())} img/s a core" if bench.task == "loading" else ""
     tried = "".join(
-        f"; at {batch}: {'out of memory' if speed is None else f'{speed:,.4g}'}"
+        f"; at {batch}: {'out of memory' if speed is None else _rate(speed)}"
         for batch, speed in result.tried.items()
         if batch != result.batch
     )
     return (
         result.name,
-        f"{result.median:,.4g}",
-        f"{min(result.blocks):,.4g}-{max(result.blocks):,.4g}",
+        _rate(result.median),
+        f"{_rate(min(result.blocks))}-{_rate(max(result.blocks))}",
         f"{reached / 1e12:,.3g}" if reached else "-",
         f"{share:.0%}" if share else "-",
         f"{result.memory / 2**30:,.1f}" if result.memory is not None else "-",
         f"{result.batch}",
         result.settings + core + tried,
     )
+
+
+def _rate(images: float) -> str:
+    """Images a second: all digits of a large number, four of a small one."""
+    return f"{images:,.0f}" if images >= 1000 else f"{images:.4g}"
 
 
 def _entry(bench: Bench, result: Result) -> dict[str, Any]:
