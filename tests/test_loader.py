@@ -14,7 +14,8 @@ from PIL import Image
 
 from vitcli.data import DataConfig
 from vitcli.data.images import BadImage
-from vitcli.data.loader import CHUNK, epoch_steps, eval_batches, train_batches
+from vitcli.data.loader import epoch_steps, eval_batches, train_batches
+from vitcli.data.workers import CHUNK
 from vitcli.errors import DataError
 
 AUGMENT = {"randaugment": {"n": 2, "m": 10}, "color_jitter": 0.2, "random_erasing": 0.3}
@@ -114,6 +115,14 @@ def test_images_that_are_kept_are_those_that_are_loaded(folder):
     loaded, kept = (config(folder, workers=0, augment=augment, keep=keep) for keep in (False, True))
     for start, steps in ((0, 7), (3, 9)):
         assert equal(batches(kept, start, steps), batches(loaded, start, steps))
+
+
+def test_devices_without_float64_get_batches_that_are_made_on_the_cpu(folder):
+    """The meta device stands in for MPS: it computes nothing, but refuses what is not there."""
+    for data in (config(folder, workers=0), config(folder, workers=0, augment={"crop": "random_crop"}, keep=True)):
+        dataset = data.source.open("train")
+        found = train_batches(data, dataset, batch=16, seed=0, start=0, steps=2, device=torch.device("meta"))
+        assert [(x["images"].device.type, tuple(x["images"].shape)) for x in found] == [("meta", (16, 3, 16, 16))] * 2
 
 
 def test_images_of_many_sizes_cannot_be_kept(tmp_path, folder):

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from vitcli import checkpoint, runtime
 from vitcli.data import Preprocessing, imagenet
 from vitcli.data.images import EXTENSIONS, BadImage, decode
-from vitcli.data.loader import Batch, eval_batches
-from vitcli.data.place import put
+from vitcli.data.loader import eval_batches
+from vitcli.data.place import Batch, put
 from vitcli.data.preprocess import normalise, pixels, prepare
 from vitcli.data.sources import Dataset
 from vitcli.errors import CheckpointError, DataError, NumericsError, UserError

@@ -16,8 +16,10 @@ import numpy as np
 from vitcli import checkpoint, optim, rng
 from vitcli import runtime as runtimes
 from vitcli.checkpoint import Position, Trained
-from vitcli.data.loader import Kept, epoch_steps, eval_batches, fingerprint, is_small, train_batches
+from vitcli.data.kept import Kept, is_small
+from vitcli.data.loader import epoch_steps, eval_batches, fingerprint, train_batches
 from vitcli.data.mix import mix_share, one_hot, places
+from vitcli.data.place import put
 from vitcli.data.preprocess import normalise
 from vitcli.data.sampling import told
 from vitcli.engine import Engine, exact_size
@@ -255,7 +257,7 @@ def fit(
                 position.bad_images += 1
                 progress.note(f"replaced an unreadable image: {bad}")
             images = normalise(batch["images"], recipe.data)
-            targets = one_hot(batch["labels"], len(classes))
+            targets = one_hot(put(batch["labels"], runtime.device), len(classes))
             chance = rng.generator(recipe.seed, Stream.MIX, step)
             images, targets = mix_share(images, targets, len(share), recipe.data.augment, chance)
 

@@ -9,43 +9,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from functools import partial
-from itertools import islice, tee
-from typing import Any
+from itertools import tee
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from vitcli import rng
 from vitcli.data import DataConfig, Preprocessing
-from vitcli.data.augment import augment, before_crop, crop, random_crops
+from vitcli.data.augment import augment, crop
 from vitcli.data.images import BadImage
-from vitcli.data.place import ahead, put
+from vitcli.data.kept import kept_batches, kept_images
+from vitcli.data.place import Batch, ahead, put
 from vitcli.data.preprocess import prepare
-from vitcli.data.sampling import epoch_order, turns
+from vitcli.data.sampling import Positions, epoch_order, turns
 from vitcli.data.sources import Dataset
-from vitcli.data.workers import Part, Sample, load, start_server
+from vitcli.data.workers import CHUNK, Part, Sample, load, start_server
 from vitcli.errors import DataError
 from vitcli.rng import Stream
 
-CHUNK = 256  # images that a process loads at a time: a larger batch comes in parts
 TRIES = 100  # how often a replacement for one broken image is sought
 FEW, SMALL = 1000, 64  # fewer images, or small ones in memory, are loaded by this process
 MOST_WORKERS = 16  # beyond, handing over costs more than another process brings
-AT_ONCE = 4096  # images that are augmented together where they are kept on the device
-KEPT_BYTES = 2**31  # of a set that is kept on the device unless the recipe says otherwise
-
-OTHER_SIZE = "its size is not that of the first image,"
 CPU = torch.device("cpu")
-
-Batch = dict[str, Any]
-# Turns and indices of images. A turn is the epoch, and from bit 32 on how often the epoch has shown the image before.
-Positions = tuple[np.ndarray, np.ndarray]
 
 
 def epoch_steps(dataset: Dataset, batch: int) -> int:
@@ -78,22 +67,23 @@ def train_batches(
 ) -> Iterator[Batch]:
     """The batches of the updates `start` to `steps`: "images" uint8 (b, 3, h, w), augmented, and "labels" int64 (b,).
 
-    They are made on the `device`, on CUDA ahead of their turn. `places` are those of the batch to load, in their
-    order, where other processes load the rest; `neighbours` of them share this machine. A batch in which broken
-    images were replaced has "bad" too, a list of BadImage. Raises BadImage where none may be replaced, and DataError
-    beyond the share that may, if `batch` is too large, or if a loader process is killed.
+    They are made on the `device`, on CUDA ahead of their turn; for devices without float64 on the CPU. `places` are
+    those of the batch to load, in their order, where other processes load the rest; `neighbours` of them share this
+    machine. A batch in which broken images were replaced has "bad" too, a list of BadImage. Raises BadImage where none
+    may be replaced, and DataError beyond the share that may, if `batch` is too large, or if a loader process is killed.
     """
     epoch_steps(dataset, batch)
     places = range(batch) if places is None else places
     count = len(places) * (steps - start)
     workers = _workers(data.workers, _is_easy(dataset, data.res), count, neighbours)
     order = _order(data, dataset, batch, seed, range(start, steps), list(places))
-    kept = _kept(data, dataset, device, count, workers)
+    workplace = device if device.type == "cuda" else CPU  # augmentation wants float64, which MPS has not
+    kept = kept_images(data, dataset, workplace, count, workers)
     if kept is not None:
-        return ahead(_kept_batches(data, dataset, seed, order, len(places), kept), device)
+        return ahead(kept_batches(data, dataset, seed, order, len(places), kept), device)
     if workers:
         start_server()  # it imports torch while the caller builds a model
-    return ahead(_loaded_batches(data, dataset, seed, order, workers, device), device)
+    return ahead(_loaded_batches(data, dataset, seed, order, workers, workplace), device)
 
 
 def eval_batches(
@@ -115,33 +105,6 @@ def eval_batches(
     positions = (list(share[i : i + batch]) for i in range(0, len(share), batch))
     workers = _workers(workers, _is_easy(dataset, preprocessing.res), len(share))
     return ahead(_scored_batches(load(sample, preprocessing.res, positions, workers), device), device)
-
-
-class Kept:
-    """The batches of `make`, the same each time: made once if they are `small`, and then kept."""
-
-    def __init__(self, make: Callable[[], Iterator[Batch]], small: bool):
-        self._make, self._small = make, small
-        self._batches: list[Batch] | None = None
-
-    def __call__(self) -> Iterator[Batch]:
-        """All batches, from the first."""
-        if self._batches is not None:
-            yield from self._batches
-            return
-        batches: list[Batch] = []
-        with closing(self._make()) as made:  # pyright: ignore[reportArgumentType] (a generator)
-            for batch in made:
-                if self._small:
-                    batches.append(batch)
-                yield batch
-        if self._small:
-            self._batches = batches
-
-
-def is_small(images: int, res: Sequence[int]) -> bool:
-    """Whether so many images are kept on a CUDA device unasked."""
-    return images * 3 * math.prod(res) <= KEPT_BYTES
 
 
 def _scored_batches(parts: Generator[Part, None, None], device: torch.device) -> Generator[Batch, None, None]:
@@ -169,59 +132,6 @@ def _loaded_batches(
             images, labels = put(batch["images"], device), put(batch["labels"], device)
             chance = rng.Generators(seed, Stream.PIXELS, turn, indices)
             yield batch | {"images": augment(images, data, chance), "labels": labels}
-
-
-def _kept_batches(
-    data: DataConfig, dataset: Dataset, seed: int, order: Iterator[Positions], batch: int, images: Tensor
-) -> Generator[Batch, None, None]:
-    """The same from images (n, 3, h, w) that are on the device already.
-
-    Several batches are made at once: small ones cost a GPU less than it costs to ask for them.
-    """
-    labels = put(torch.from_numpy(dataset.labels), images.device)
-    for turn, indices in _together(order, max(1, AT_ONCE // batch)):
-        here = put(torch.from_numpy(indices), images.device)
-        chosen = images[here]
-        if data.augment.crop == "random_crop":
-            chance = rng.Generators(seed, Stream.CROP, turn, indices).random(2)
-            chosen = random_crops(chosen, data.res, data.augment.pad, chance)
-        chance = rng.Generators(seed, Stream.PIXELS, turn, indices)
-        for some, own in zip(augment(chosen, data, chance).split(batch), labels[here].split(batch), strict=True):
-            yield {"images": some, "labels": own}
-
-
-def _together(order: Iterator[Positions], count: int) -> Iterator[Positions]:
-    """`count` batches that follow one another, as one."""
-    while several := list(islice(order, count)):
-        turn, indices = zip(*several, strict=True)
-        yield np.concatenate(turn), np.concatenate(indices)
-
-
-def _kept(data: DataConfig, dataset: Dataset, device: torch.device, count: int, workers: int) -> Tensor | None:
-    """All images (n, 3, h, w), as they are before chance comes in, on the device; None if they are not kept there.
-
-    Raises DataError where the recipe wants them kept and they differ in size; broken ones are left to be met in turn.
-    """
-    if data.augment.crop == "inception_crop" or not (device.type == "cuda" if data.keep is None else data.keep):
-        return None
-    first, *_ = _whole_sample(data, dataset, None, 0)
-    if first is None:
-        return None
-    _, *size = first.shape
-    if data.keep is None and (count <= len(dataset) or not is_small(len(dataset), size)):
-        return None
-    images = torch.empty((len(dataset), 3, *size), dtype=torch.uint8, device=device)
-    chunks = [list(range(i, min(i + CHUNK, len(dataset)))) for i in range(0, len(dataset), CHUNK)]
-    with closing(load(partial(_whole_sample, data, dataset, first.shape), size, chunks, workers)) as loaded:
-        for chunk, part in zip(chunks, loaded, strict=True):
-            if part["bad"]:
-                _, path, reason = part["bad"][0]
-                if data.keep and reason.startswith(OTHER_SIZE):
-                    hint = "give all one size with data.augment.resize=[HEIGHT, WIDTH], or leave out data.keep"
-                    raise BadImage(path, reason, hint)
-                return None
-            images[chunk[0] : chunk[-1] + 1] = put(part["images"], device)
-    return images
 
 
 def _too_many(broken: list[BadImage], share: float, images: int) -> DataError:
@@ -273,18 +183,6 @@ def _training_sample(data: DataConfig, dataset: Dataset, seed: int, position: tu
         else:
             return crop(image, data, chance), int(dataset.labels[index]), bad
     return None, 0, bad
-
-
-def _whole_sample(data: DataConfig, dataset: Dataset, shape: torch.Size | None, index: int) -> Sample:
-    """An image before chance comes in. One of another `shape` is as useless as a broken one."""
-    try:
-        image = before_crop(dataset.pixels(index), data)
-    except BadImage as error:
-        return None, 0, [(index, error.path, error.reason)]
-    if shape is not None and image.shape != shape:
-        sizes = f"{shape[2]}x{shape[1]}: {image.shape[2]}x{image.shape[1]}"
-        return None, 0, [(index, dataset.path(index), f"{OTHER_SIZE} {sizes}")]
-    return image, int(dataset.labels[index]), []
 
 
 def _eval_sample(preprocessing: Preprocessing, dataset: Dataset, index: int) -> Sample:

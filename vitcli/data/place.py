@@ -6,12 +6,12 @@ import contextlib
 import queue
 import threading
 from collections.abc import Generator, Iterator
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
+Batch = dict[str, Any]
 AHEAD = 2  # batches that wait on the device
 
 
@@ -23,15 +23,17 @@ def put(tensor: Tensor, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-def ahead(batches: Generator[dict[str, T], None, None], device: torch.device) -> Iterator[dict[str, T]]:
-    """The batches as they come; for CUDA a thread asks for them before their turn, on a stream of its own.
+def ahead(batches: Generator[Batch, None, None], device: torch.device) -> Iterator[Batch]:
+    """The batches on the device, as they come; for CUDA a thread asks for them before their turn, on its own stream.
 
     Close the iterator: that closes `batches` too.
     """
     if device.type != "cuda":
-        yield from batches
+        with contextlib.closing(batches):
+            for batch in batches:
+                yield batch | {"images": put(batch["images"], device)}
         return
-    made: queue.Queue[tuple[dict[str, T] | BaseException | None, torch.cuda.Event | None]] = queue.Queue(AHEAD)
+    made: queue.Queue[tuple[Batch | BaseException | None, torch.cuda.Event | None]] = queue.Queue(AHEAD)
     stop = threading.Event()
     thread = threading.Thread(target=_make, args=(batches, device, made, stop), daemon=True)
     thread.start()
@@ -56,7 +58,7 @@ def ahead(batches: Generator[dict[str, T], None, None], device: torch.device) ->
 
 
 def _make(
-    batches: Generator[dict[str, T], None, None], device: torch.device, made: queue.Queue, stop: threading.Event
+    batches: Generator[Batch, None, None], device: torch.device, made: queue.Queue, stop: threading.Event
 ) -> None:
     """The thread: batches, then None, or an exception in their stead."""
     last = None

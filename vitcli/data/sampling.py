@@ -7,6 +7,9 @@ import numpy as np
 from vitcli.data import Sampling
 from vitcli.data.sources import Dataset
 
+# Turns and indices of images. A turn is the epoch, and from bit 32 on how often the epoch has shown the image before.
+Positions = tuple[np.ndarray, np.ndarray]
+
 
 def epoch_order(dataset: Dataset, sampling: Sampling, threshold: float, rng: np.random.Generator) -> np.ndarray:
     """The images of an epoch, in their order: as many as the data set has."""

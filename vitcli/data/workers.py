@@ -28,6 +28,8 @@ from vitcli.heap import keep_freed
 
 HUNG = 600.0  # seconds after which a process that hands over nothing is given up
 
+CHUNK = 256  # images that a process loads at a time: a larger batch comes in parts
+
 # The image uint8 (3, h, w) or None, its label, and what was broken: index, path, reason.
 Sample = tuple[Tensor | None, int, list[tuple[int, str, str]]]
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from vitcli.model.vit import ViT
 
+ONE_FILE = 1.8e9  # bytes of weights; protobuf ends at 2 GB
 ATTENTION = 23  # the first opset with a node for it; before, written out it needs a third fewer nodes than traced
 
 

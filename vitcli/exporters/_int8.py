@@ -31,7 +31,7 @@ from onnx import helper, numpy_helper
 
 from vitcli import onnx_providers
 from vitcli.errors import RecipeError
-from vitcli.exporters.onnx import ONE_FILE
+from vitcli.exporters._graph import ONE_FILE
 
 LARGEST = 127  # symmetric: -128 is not used
 LEAST = 1e-12  # of a range that is all zeros

@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 OUTPUT = "model.onnx"
 OPSETS = range(18, 26)  # torch 2.15 writes invalid files at 17 and 26, and says nothing
-ONE_FILE = 1.8e9  # bytes of weights; protobuf ends at 2 GB
 LEAST = -80.0  # logs of probabilities below this count as equal; float32 ends at -87
 Preprocess = Literal["none", "normalise", "full"]
 
@@ -99,7 +98,7 @@ def export(
         graph = _trace(trained, opset, precision, softmax)
         stage("optimise")
         _graph.tidy(graph)
-        _graph.save(graph, file, beside=_graph.size(graph) > ONE_FILE)
+        _graph.save(graph, file, beside=_graph.size(graph) > _graph.ONE_FILE)
         if halves:
             from vitcli.exporters import _int8
 
