@@ -32,7 +32,7 @@ class RuntimeConfig(Schema):
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where it is faster")
     attention: Literal["auto", "sdpa", "explicit"] = Field("auto", description="explicit is faster on CPUs in bf16")
     residual: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="the tokens between blocks; norms and losses stay fp32; auto: as precision on cuda"
+        "auto", description="the tokens between blocks, as precision; norms and losses stay in fp32"
     )
     compile: bool | None = Field(None, description="torch.compile the blocks; null: on cuda")
     micro_batch: PositiveInt | None = Field(None, description="images in memory at a time; null: the whole batch")
@@ -182,9 +182,7 @@ def start(config: RuntimeConfig, earlier: dict[str, Any] | None = None, processe
     }
     if chosen["attention"] == "auto":
         chosen["attention"] = "explicit" if device.type == "cpu" and chosen["precision"] == "bf16" else "sdpa"
-    chosen["residual"] = config.residual
-    if config.residual == "auto":
-        chosen["residual"] = chosen["precision"] if device.type == "cuda" else "fp32"
+    chosen["residual"] = config.residual if config.residual != "auto" else chosen["precision"]
     chosen |= {key: earlier[key] for key in chosen if earlier and key in earlier}
     return Runtime(device=device, threads=threads, alone=processes.count == 1, **chosen)
 

@@ -1,0 +1,106 @@
+"""What a runtime puts in place of the model's own parts is the same function."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from vitcli import runtime
+from vitcli.data import Preprocessing
+from vitcli.graph import Recorded
+from vitcli.inference import TorchPredictor
+from vitcli.model import ViTConfig
+from vitcli.model.stem import project_as_rows
+from vitcli.runtime import RuntimeConfig
+
+TINY = {"width": 32, "depth": 2, "mlp_dim": 64, "heads": 2, "patch": 4}
+
+# Triton's interpreter, which must be chosen before Triton is loaded, runs its kernels without a GPU.
+KERNEL = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+from vitcli.kernels import linear_gelu
+
+torch.manual_seed(0)
+for rows, width, hidden in ((70, 24, 300), (1, 8, 1024), (1100, 16, 40)):
+    linear = nn.Linear(width, hidden)
+    nn.init.normal_(linear.bias)
+    x, weights = torch.randn(2, rows, width, requires_grad=True), torch.randn(2, rows, hidden)
+    gradients = []
+    for answer in (linear_gelu(linear, x), F.gelu(linear(x), approximate="tanh")):
+        gradients.append((answer, *torch.autograd.grad((answer * weights).sum(), (x, linear.weight, linear.bias))))
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+print("equal")
+"""
+
+
+def test_the_fused_gelu_and_its_gradients_are_torchs():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KERNEL]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "equal\n", done.stderr
+
+
+def test_patches_as_rows_are_the_convolution():
+    conv = nn.Conv2d(3, 10, 4, stride=4)
+    images = torch.randn(2, 3, 8, 12)
+    expected = conv(images).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(project_as_rows(conv, images), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("residual", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_the_tokens_between_blocks_are_as_the_recipe_says(unchecked, residual, dtype):
+    started = runtime.start(RuntimeConfig.parse({"device": "cpu", "precision": "bf16", "residual": residual}))
+    model, seen = ViTConfig.parse(TINY).build(10, (16, 16)), []
+    nn.init.normal_(model.head.weight)
+    images = torch.randn(2, 3, 16, 16)
+    expected = model(images)
+    started.prepare(model)
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, __, tokens: seen.append(tokens.dtype))
+    with started.autocast():
+        logits = model(images).float()
+    assert seen == [dtype] * 2
+    assert F.cosine_similarity(logits.flatten(), expected.flatten(), dim=0) > 0.999
+
+
+def test_batches_that_are_filled_up_answer_the_same():
+    model = ViTConfig.parse(TINY).build(10, (16, 16)).eval()
+    nn.init.normal_(model.head.weight)
+    started = runtime.start(RuntimeConfig.parse({"device": "cpu", "precision": "fp32"}))
+    pixels = Preprocessing.parse({"res": 16})
+    plain, filled = (
+        TorchPredictor(model, tuple(map(str, range(10))), pixels, replace(started, compile=compiled), "test")
+        for compiled in (False, True)
+    )
+    images = torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8)
+    for count in (4, 2, 9, 1, 4):
+        torch.testing.assert_close(filled.logits(images[:count]), plain.logits(images[:count]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_recorded_function_goes_on_as_if_it_were_called():
+    device = torch.device("cuda")
+    weight = torch.zeros(3, device=device)
+
+    def step(x, share):
+        weight.add_(x * share + torch.rand(3, device=device))
+        return {"sum": weight.sum()}
+
+    def run(function):
+        weight.zero_()
+        found = []
+        for number in range(8):
+            torch.manual_seed(number)
+            found.append(function(torch.full((3,), float(number), device=device), 0.5)["sum"].clone())
+        return torch.stack(found), weight.clone()
+
+    for found, expected in zip(run(Recorded(step, device)), run(step), strict=True):
+        torch.testing.assert_close(found, expected)
