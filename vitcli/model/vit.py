@@ -144,7 +144,7 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((width,), initial))
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        return x * self.gamma
+        return x * self.gamma.to(x.dtype)
 
 
 class DropPath(nn.Module):
