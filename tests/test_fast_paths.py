@@ -71,6 +71,27 @@ def test_the_tokens_between_blocks_are_as_the_recipe_says(unchecked, residual, d
     assert F.cosine_similarity(logits.flatten(), expected.flatten(), dim=0) > 0.999
 
 
+def test_checkpointed_blocks_have_the_same_gradients_and_keep_less():
+    config = ViTConfig.parse(TINY | {"depth": 6, "dropout": 0.2, "drop_path": 0.3})
+    images, gradients, kept = torch.randn(8, 3, 16, 16), [], []
+    for checkpoint in (False, True):
+        started = runtime.start(RuntimeConfig.parse({"device": "cpu", "precision": "fp32", "checkpoint": checkpoint}))
+        torch.manual_seed(0)
+        model, storages = started.prepare(config.build(10, (16, 16))).train(), {}
+        nn.init.normal_(model.head.weight)
+
+        def pack(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(images).square().mean()
+        kept.append(sum(storage.nbytes() for storage in storages.values()))
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert kept[1] < kept[0] / 2
+
+
 def test_batches_that_are_filled_up_answer_the_same():
     model = ViTConfig.parse(TINY).build(10, (16, 16)).eval()
     nn.init.normal_(model.head.weight)

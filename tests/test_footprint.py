@@ -99,6 +99,17 @@ def test_the_peak_of_our_training(variant, batch, gib):
     assert footprint.peak(loaded, as_there, parameters, 1000) / 2**30 == pytest.approx(gib, rel=0.03)
 
 
+def test_checkpointed_blocks_take_much_less():
+    loaded = recipe.load("b16_in1k", ["model={variant: L/16, dropout: 0}", "batch=256"])
+    parameters, _ = plan.cost(loaded.model, 1000, (224, 224))
+    whole, less = (
+        footprint.peak(loaded, start(RuntimeConfig.parse(THERE | {"checkpoint": value})), parameters, 1000)
+        for value in (False, True)
+    )
+    weights = 16 * parameters  # with gradients and two moments
+    assert (less - weights) < (whole - weights) / 5
+
+
 def test_what_memory_depends_on(capsys, monkeypatch):
     vit = Vit(capsys, monkeypatch)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from vitcli.model import ResNetStem, ViTConfig
 from vitcli.recipe import Recipe
 from vitcli.runtime import Runtime
@@ -24,7 +26,11 @@ def peak(recipe: Recipe, runtime: Runtime, parameters: int, classes: int) -> flo
 
     c, (height, width) = recipe.model, recipe.data.res
     residual = 2 if runtime.residual == "bf16" else FP32
-    saved = saved_by_autograd(c, recipe.data.res, number=number, explicit=explicit, residual=residual)
+    account = partial(saved_by_autograd, image_size=recipe.data.res, number=number, explicit=explicit)
+    saved = account(c, residual=residual)
+    if runtime.checkpoint and c.depth > 1:  # the inputs of all blocks, and all of the one that is computed again
+        inputs = residual * tokens(c, recipe.data.res) * c.width * (c.depth - 1)
+        saved = inputs + account(c.model_copy(update={"depth": 1, "pool": "gap"}), residual=residual)
     given = FP32 * (3 * height * width + classes)  # images, targets
     logits = 3 * FP32 * classes  # in fp32, their log-softmax, its gradient
     flowing = tokens(c, recipe.data.res) * (residual * c.width + number * c.mlp_dim)  # gradients in a block

@@ -35,6 +35,9 @@ class RuntimeConfig(Schema):
         "auto", description="the tokens between blocks, as precision; norms and losses stay in fp32"
     )
     compile: bool | None = Field(None, description="torch.compile the blocks; null: on cuda")
+    checkpoint: bool = Field(
+        False, description="keep each block's input only, and compute the rest again for gradients"
+    )
     micro_batch: PositiveInt | None = Field(None, description="images in memory at a time; null: the whole batch")
     threads: PositiveInt | None = Field(None, description="CPU threads; null: the physical cores")
     shard: Literal["ddp", "fsdp"] = Field("ddp", description="several processes: each with the model, or with a part")
@@ -60,6 +63,7 @@ class Runtime:
     attention: str
     compile: bool
     threads: int
+    checkpoint: bool = False
     alone: bool = True
 
     def prepare(self, module: Module) -> Module:
@@ -74,11 +78,15 @@ class Runtime:
                 part.attend = attend
             if isinstance(part, ViT) and self.residual == "bf16":
                 part.norm_pre.register_forward_hook(_in_bf16)
+        blocks = [part for name, part in module.named_modules() if name.rpartition(".")[0].endswith("blocks")]
+        if self.checkpoint:
+            for block in blocks:
+                block.forward = _checkpointed(block.forward)
         if self.compile:
-            self._compile(module)
+            self._compile(module, blocks)
         return module
 
-    def _compile(self, module: Module) -> None:
+    def _compile(self, module: nn.Module, blocks: list[nn.Module]) -> None:
         """Compile each block; where Triton is, its kernels in place of what a compiler leaves apart."""
         from vitcli.model.feedforward import FeedForward
         from vitcli.model.stem import PatchEmbed, project_as_rows
@@ -91,15 +99,14 @@ class Runtime:
                     part.hidden = partial(linear_gelu, part.fc1)
                 if isinstance(part, PatchEmbed):
                     part.project = partial(project_as_rows, part.proj)
-        for name, part in module.named_modules():
-            if name.rpartition(".")[0].endswith("blocks"):
-                part.compile()
+        for block in blocks:
+            block.compile()
 
     def recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` as one CUDA graph, where that is how this runtime computes; else itself."""
         from vitcli.graph import Recorded
 
-        records = self.compile and self.alone and self.device.type == "cuda"
+        records = self.compile and self.alone and not self.checkpoint and self.device.type == "cuda"
         return Recorded(function, self.device) if records else function
 
     @contextmanager
@@ -135,6 +142,16 @@ class Runtime:
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "machine": platform.machine(),
         }
+
+
+def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`forward` whose insides are computed again in the backward pass, with the same chance (arXiv 1604.06174)."""
+    from torch.utils.checkpoint import checkpoint
+
+    def again(*values: Any) -> Tensor:
+        return checkpoint(forward, *values, use_reentrant=False)
+
+    return again
 
 
 def _in_bf16(_: nn.Module, __: Any, tokens: Tensor) -> Tensor:
@@ -184,6 +201,7 @@ def start(config: RuntimeConfig, earlier: dict[str, Any] | None = None, processe
         chosen["attention"] = "explicit" if device.type == "cpu" and chosen["precision"] == "bf16" else "sdpa"
     chosen["residual"] = config.residual if config.residual != "auto" else chosen["precision"]
     chosen |= {key: earlier[key] for key in chosen if earlier and key in earlier}
+    chosen["checkpoint"] = config.checkpoint
     return Runtime(device=device, threads=threads, alone=processes.count == 1, **chosen)
 
 
