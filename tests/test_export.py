@@ -24,6 +24,7 @@ from vitcli.data import Preprocessing
 from vitcli.data.images import decode
 from vitcli.data.preprocess import normalise
 from vitcli.errors import CheckpointError, DataError, RecipeError, StorageError, UserError
+from vitcli.exporters import _graph
 from vitcli.exporters import onnx as to_onnx
 from vitcli.inference import torch_predictor
 from vitcli.model import ViTConfig
@@ -279,7 +280,7 @@ def test_a_model_without_head_is_refused(tmp_path):
 
 
 def test_weights_beyond_one_file_lie_beside_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(to_onnx, "ONE_FILE", 0)
+    monkeypatch.setattr(_graph, "ONE_FILE", 0)
     trained = tiny()
     report = to_onnx.export(trained, tmp_path / "big.onnx")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["big.onnx", "big.onnx.data"]

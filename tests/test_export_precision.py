@@ -27,7 +27,7 @@ from vitcli.data import Preprocessing
 from vitcli.data.images import decode
 from vitcli.data.preprocess import normalise, prepare
 from vitcli.errors import DataError, RecipeError, StorageError
-from vitcli.exporters import _rebuild, _snippet
+from vitcli.exporters import _graph, _rebuild, _snippet
 from vitcli.exporters import onnx as to_onnx
 from vitcli.inference import torch_predictor
 from vitcli.model import ViTConfig
@@ -460,7 +460,7 @@ def full_disk():
 
 @pytest.mark.usefixtures("traced", "full_disk")
 def test_a_full_disk_leaves_neither_the_model_nor_its_data(tmp_path, monkeypatch):
-    monkeypatch.setattr(to_onnx, "ONE_FILE", 0)
+    monkeypatch.setattr(_graph, "ONE_FILE", 0)
     with pytest.raises(StorageError, match="cannot write"):
         to_onnx.export(tiny(), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
@@ -502,7 +502,7 @@ def test_a_folder_without_permission(tmp_path):
 
 
 def test_fp16_beyond_one_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(to_onnx, "ONE_FILE", 0)
+    monkeypatch.setattr(_graph, "ONE_FILE", 0)
     trained = tiny()
     to_onnx.export(trained, tmp_path / "big.onnx", precision="fp16")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["big.onnx", "big.onnx.data"]

@@ -183,7 +183,7 @@ def test_weights_beside_the_file_become_part_of_it(tmp_path, file, pixels):
 
 
 def test_weights_too_large_for_one_file_stay_beside_it(file, pixels, monkeypatch):
-    monkeypatch.setattr(_int8, "ONE_FILE", 1000)
+    monkeypatch.setattr(_int8._graph, "ONE_FILE", 1000)
     _int8.quantise(file, [pixels])
     assert sorted(path.name for path in file.parent.iterdir()) == ["model.onnx", "model.onnx.data"]
     onnx.checker.check_model(str(file), full_check=True)

@@ -31,7 +31,7 @@ from onnx import helper, numpy_helper
 
 from vitcli import onnx_providers
 from vitcli.errors import RecipeError
-from vitcli.exporters._graph import ONE_FILE
+from vitcli.exporters import _graph
 
 LARGEST = 127  # symmetric: -128 is not used
 LEAST = 1e-12  # of a range that is all zeros
@@ -169,6 +169,6 @@ def _stored(graph: onnx.GraphProto, tensor: onnx.TensorProto, axis: int) -> onnx
 
 
 def _save(model: onnx.ModelProto, file: Path) -> None:
-    beside = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > ONE_FILE
+    beside = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > _graph.ONE_FILE
     file.with_name(f"{file.name}.data").unlink(missing_ok=True)
     onnx.save(model, file, save_as_external_data=beside, location=f"{file.name}.data" if beside else None)
