@@ -8,7 +8,8 @@ import torch
 from command import Vit, sets
 
 pytestmark = pytest.mark.skipif(
-    not torch.__version__.startswith("2.15."), reason="the numbers are torch 2.15's: another version starts from others"
+    not torch.__version__.startswith(("2.14.", "2.15.")),
+    reason="the numbers are those of torch 2.14 and 2.15: other versions start from others",
 )
 
 RUN = ["runtime={device: cpu, precision: fp32, threads: 1}", "steps=30", "log_every=5", "eval_every=30"]
