@@ -201,8 +201,8 @@ def start(config: RuntimeConfig, earlier: dict[str, Any] | None = None, processe
         chosen["attention"] = "explicit" if device.type == "cpu" and chosen["precision"] == "bf16" else "sdpa"
     chosen["residual"] = config.residual if config.residual != "auto" else chosen["precision"]
     chosen |= {key: earlier[key] for key in chosen if earlier and key in earlier}
-    chosen["checkpoint"] = config.checkpoint
-    return Runtime(device=device, threads=threads, alone=processes.count == 1, **chosen)
+    alone = processes.count == 1
+    return Runtime(device=device, threads=threads, checkpoint=config.checkpoint, alone=alone, **chosen)
 
 
 def seed(value: int) -> None:

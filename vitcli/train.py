@@ -207,7 +207,8 @@ def fit(
         for attempt in micro_batch.attempts():
             with attempt:
                 losses, means = {}, {}  # a failed attempt's losses hold what its backward pass needed
-                module.zero_grad()
+                if attempt.again:
+                    module.zero_grad()
                 for index, part in enumerate(parts := _micro_batches(images, targets, micro_batch.size)):
                     if index or attempt.again:
                         seed(index)

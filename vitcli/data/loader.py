@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from functools import partial
@@ -23,6 +22,7 @@ from vitcli.data import DataConfig, Preprocessing
 from vitcli.data.augment import augment, crop
 from vitcli.data.images import BadImage
 from vitcli.data.kept import kept_batches, kept_images
+from vitcli.data.parallel import cores
 from vitcli.data.place import Batch, ahead, put
 from vitcli.data.preprocess import prepare
 from vitcli.data.sampling import Positions, epoch_order, turns
@@ -195,8 +195,11 @@ def _eval_sample(preprocessing: Preprocessing, dataset: Dataset, index: int) -> 
 def _join(parts: list[Part], pinned: bool) -> Batch:
     """Parts as one batch, `pinned` in memory that a GPU reads by itself."""
     found = [part["images"] for part in parts]
-    images = torch.empty((sum(map(len, found)), *found[0].shape[1:]), dtype=torch.uint8, pin_memory=pinned)
-    batch: Batch = {"images": torch.cat(found, out=images), "labels": torch.cat([part["labels"] for part in parts])}
+    images = found[0]
+    if pinned or len(found) > 1:
+        images = torch.empty((sum(map(len, found)), *images.shape[1:]), dtype=torch.uint8, pin_memory=pinned)
+        torch.cat(found, out=images)
+    batch: Batch = {"images": images, "labels": torch.cat([part["labels"] for part in parts])}
     bad = [BadImage(path, reason) for part in parts for _, path, reason in part["bad"]]
     return batch | {"bad": bad} if bad else batch
 
@@ -211,5 +214,4 @@ def _workers(wanted: int | None, easy: bool, images: int, neighbours: int = 1) -
         return wanted
     if images < FEW or easy:
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(0, cores // neighbours - 1), MOST_WORKERS)
+    return min(max(0, cores() // neighbours - 1), MOST_WORKERS)

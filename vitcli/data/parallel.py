@@ -18,6 +18,10 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
+# A fork of the process itself would copy its threads in an undefined state.
+METHOD = "spawn" if sys.platform == "win32" else "forkserver"
+
+
 def cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -32,7 +36,7 @@ def each(work: Callable[[Task], Result], tasks: Sequence[Task], jobs: int) -> It
     if jobs == 1 or len(tasks) < 2:
         yield from map(work, tasks)
         return
-    context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+    context = multiprocessing.get_context(METHOD)
     pool = ProcessPoolExecutor(min(jobs, len(tasks)), context, initializer=_begin, initargs=(work,))
     try:
         for done in as_completed([pool.submit(_do, task) for task in tasks]):
@@ -55,14 +59,19 @@ def _begin(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    follow_parent()
 
 
 def _do(task: Any) -> Any:
     return _work(task)
 
 
-def _follow_parent() -> None:
+def follow_parent() -> None:
+    """Let this process end when the one that started it does, however that ends."""
+    threading.Thread(target=_join_parent, daemon=True).start()
+
+
+def _join_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent
     parent.join()

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
-import os
 import signal
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
+from vitcli.data.parallel import METHOD, follow_parent
 from vitcli.errors import DataError
 from vitcli.heap import keep_freed
 
@@ -61,7 +60,7 @@ def load(
             num_workers=workers,
             collate_fn=_as_it_is,
             worker_init_fn=_settle,
-            multiprocessing_context=_method(),
+            multiprocessing_context=METHOD,
             generator=torch.Generator(),  # else it draws from the global one
         )
         iterator = iter(loader)
@@ -76,7 +75,7 @@ def load(
 
 def start_server() -> None:
     """Begin to start the process that the workers are forked from; it takes as long as importing torch."""
-    if _method() != "forkserver":
+    if METHOD != "forkserver":
         return
     from multiprocessing import forkserver, resource_tracker
 
@@ -157,14 +156,7 @@ def _settle(worker: int) -> None:
     keep_freed()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_follow_parent, daemon=True).start()
-
-
-def _follow_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent
-    parent.join()
-    os._exit(1)
+    follow_parent()
 
 
 def _close(iterator: Any) -> None:
@@ -174,10 +166,6 @@ def _close(iterator: Any) -> None:
         if process.is_alive():
             process.kill()
             process.join()
-
-
-def _method() -> str:
-    return "spawn" if sys.platform == "win32" else "forkserver"
 
 
 def _as_it_is(part: Any) -> Any:

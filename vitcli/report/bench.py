@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from vitcli import __version__
-from vitcli.report.doctor import cpu_name, usable_cores
+from vitcli.data.parallel import cores
+from vitcli.report.doctor import cpu_name
 from vitcli.report.tables import printable, to_json
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def _cells(bench: Bench, result: Result) -> tuple[str, ...]:
     if not result.blocks:
         return (result.name, "-", "-", "-", "-", "-", "-", result.failed)
     reached, share = bench.flops_per_second(result), bench.share(result)
-    core = f", {_rate(result.median / usable_cores())} img/s a core" if bench.task == "loading" else ""
+    core = f", {_rate(result.median / cores())} img/s a core" if bench.task == "loading" else ""
     tried = "".join(
         f"; at {batch}: {'out of memory' if speed is None else _rate(speed)}"
         for batch, speed in result.tried.items()
@@ -152,6 +153,6 @@ def _entry(bench: Bench, result: Result) -> dict[str, Any]:
         "images_per_second": result.median,
         "flops": bench.flops_per_second(result),
         "share_of_ceiling": bench.share(result),
-        "images_per_second_per_core": result.median / usable_cores(),
+        "images_per_second_per_core": result.median / cores(),
     }
     return {**vars(result), **(known if result.blocks else {})}

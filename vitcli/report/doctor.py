@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vitcli import __version__, onnx_providers, tensorrt_library
+from vitcli.data.parallel import cores
 
 PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "pillow", "safetensors")
 BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # AVX512-BF16, AMX, and Arm's
@@ -49,12 +50,7 @@ def _system() -> Iterator[Finding]:
 def cpu_name() -> str:
     """The processor, and how many of its cores this process may use."""
     model = _cpuinfo().get("model name") or platform.processor() or platform.machine()
-    return f"{model}, {usable_cores()} usable cores"
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"{model}, {cores()} usable cores"
 
 
 def _cpuinfo() -> dict[str, str]:

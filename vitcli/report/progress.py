@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-QUIET_SECONDS = 10.0  # between plain lines where stderr is no terminal
+from vitcli.waiting import QUIET_SECONDS
 
 
 class Progress:
