@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import signal
 import tarfile
 import time
@@ -109,11 +110,11 @@ def test_a_pack_goes_on_behind_the_shards_that_are_whole(folder, tmp_path, vit):
     (out / "train-000001.json").unlink()  # killed between the tar and its list
     (out / "train-000003.tar").write_bytes(before["train-000003.tar"][:1000])
     (out / ".tmp-train-000001.tar").write_bytes(b"left over")
-    untouched = (out / "train-000000.tar").stat().st_mtime_ns
+    untouched = (out / "train-000000.tar").stat().st_mturnns
     said = vit(*pack)
     assert (said.code, said.json["found"], said.json["shards"]) == (0, 5, 7)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
-    assert (out / "train-000000.tar").stat().st_mtime_ns == untouched
+    assert (out / "train-000000.tar").stat().st_mturnns == untouched
     said = vit("data", "pack", folder, out, "--per-shard", "5")
     assert said.code == 3
     assert "holds shards of other images or settings" in said.err
@@ -597,14 +598,20 @@ def test_a_killed_pack_leaves_nothing_half_and_goes_on(folder, tmp_path, kills):
     assert left == expected
 
 
-def test_an_interrupted_pack_ends_its_processes(folder, tmp_path):
-    started = process("data", "pack", folder, tmp_path / "out", "--per-shard", "1", "--jobs", "2", cwd=tmp_path)
-    while not (tmp_path / "out/.lock").exists():
-        time.sleep(0.01)
-    started.send_signal(signal.SIGINT)
-    said = finish(started)  # which waits for all that hold its stderr
-    assert said.code in (0, 130)
-    assert "Traceback" not in said.err
+@pytest.mark.parametrize("times", [2, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_pack_ends_its_processes(folder, tmp_path, number, times):
+    chance = random.Random(times)
+    for turn in range(times):
+        out = tmp_path / f"out{turn}"
+        started = process("data", "pack", folder, out, "--per-shard", "1", "--jobs", "2", cwd=tmp_path)
+        while not (out / ".lock").exists():
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.25))
+        started.send_signal(number)
+        said = finish(started)  # which waits for all that hold its stderr
+        assert said.code in (0, 130 if number == signal.SIGINT else -signal.SIGTERM)
+        assert "Traceback" not in said.err
 
 
 def test_two_processes_share_the_cache(tmp_path, cache):

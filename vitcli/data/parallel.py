@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from vitcli.errors import DataError
@@ -36,10 +37,13 @@ def each(work: Callable[[Task], Result], tasks: Sequence[Task], jobs: int) -> It
     if jobs == 1 or len(tasks) < 2:
         yield from map(work, tasks)
         return
+    start_server_with([])
     context = multiprocessing.get_context(METHOD)
     pool = ProcessPoolExecutor(min(jobs, len(tasks)), context, initializer=_begin, initargs=(work,))
     try:
-        for done in as_completed([pool.submit(_do, task) for task in tasks]):
+        with uninterrupted():
+            asked = [pool.submit(_do, task) for task in tasks]
+        for done in as_completed(asked):
             yield done.result()
     except BrokenProcessPool as error:
         raise DataError("a process was killed, perhaps for want of memory", "take fewer: --jobs 1") from error
@@ -47,18 +51,49 @@ def each(work: Callable[[Task], Result], tasks: Sequence[Task], jobs: int) -> It
         processes = list((pool._processes or {}).values())
         pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
-            process.terminate()
+            process.kill()
             process.join()
+
+
+def start_server_with(modules: list[str]) -> None:
+    """Begin to start the process that others are forked from, deaf to signals, with modules that they need."""
+    if METHOD != "forkserver":
+        return
+    from multiprocessing import forkserver, resource_tracker
+
+    resource_tracker.ensure_running()  # it would unblock the signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        multiprocessing.set_forkserver_preload(modules)
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """SIGINT and SIGTERM wait for the end of this: a process that was told half of what it needs fails aloud."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 _work: Callable[[Any], Any]
 
 
 def _begin(work: Callable[[Any], Any]) -> None:
-    """The first act of a process: it leaves Ctrl-C to the one that started it."""
     global _work
     _work = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     follow_parent()
 
 
@@ -67,7 +102,9 @@ def _do(task: Any) -> Any:
 
 
 def follow_parent() -> None:
-    """Let this process end when the one that started it does, however that ends."""
+    """The first act of a process: leave signals to the one that started it, and end when that does, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_join_parent, daemon=True).start()
 
 

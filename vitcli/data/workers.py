@@ -8,8 +8,6 @@ the caller, which decides when to stop, and die with it.
 from __future__ import annotations
 
 import atexit
-import multiprocessing
-import signal
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from vitcli.data.parallel import METHOD, follow_parent
+from vitcli.data.parallel import METHOD, follow_parent, start_server_with, uninterrupted
 from vitcli.errors import DataError
 from vitcli.heap import keep_freed
 
@@ -63,7 +61,8 @@ def load(
             multiprocessing_context=METHOD,
             generator=torch.Generator(),  # else it draws from the global one
         )
-        iterator = iter(loader)
+        with uninterrupted():
+            iterator = iter(loader)
     close = partial(_close, iterator)
     atexit.register(close)  # before multiprocessing's own, which would wait for the workers
     try:
@@ -75,17 +74,7 @@ def load(
 
 def start_server() -> None:
     """Begin to start the process that the workers are forked from; it takes as long as importing torch."""
-    if METHOD != "forkserver":
-        return
-    from multiprocessing import forkserver, resource_tracker
-
-    resource_tracker.ensure_running()  # it would unblock the signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        multiprocessing.set_forkserver_preload(["vitcli.data.loader"])
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    start_server_with(["vitcli.data.loader"])
 
 
 class _Source:
@@ -154,8 +143,6 @@ def _patience(iterator: Any, waited: threading.Event) -> Iterator[None]:
 def _settle(worker: int) -> None:
     """The first act of a worker."""
     keep_freed()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     follow_parent()
 
 
