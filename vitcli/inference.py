@@ -29,7 +29,7 @@ from vitcli.data.sources import Dataset
 from vitcli.errors import CheckpointError, DataError, NumericsError, UserError
 from vitcli.model.vit import ViT
 from vitcli.onnx_model import OnnxPredictor, Provider
-from vitcli.processes import Processes
+from vitcli.processes import ALONE, Processes
 from vitcli.runtime import Runtime, RuntimeConfig
 
 
@@ -155,7 +155,7 @@ def score(
     workers: int | None = None,
     allow_bad: bool = False,
     on_batch: Callable[[int], None] | None = None,
-    processes: Processes | None = None,
+    processes: Processes = ALONE,
     batches: Iterator[Batch] | None = None,
 ) -> Scores:
     """Score every image once; classes meet by name. The counts do not depend on `batch`, nor on how many `processes`
@@ -167,7 +167,6 @@ def score(
     """
     columns = torch.tensor(imagenet.match(dataset.classes, predictor.classes))
     seen = columns[torch.from_numpy(dataset.labels).unique()].unique()
-    processes = processes or Processes()
     share, double = share_of(len(dataset), processes)
     images = top1 = top5 = top1_seen = 0
     loss, waiting, bad = 0.0, 0.0, []
