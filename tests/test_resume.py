@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from command import TINY, content, finish, process, sets
+from command import TINY, content, finish, process, sets, until
 
 STEPS = 60
 RECIPE = ["quickstart", *sets(*TINY, f"steps={STEPS}", "eval_every=20", "save_every=5", "log_every=4")]
@@ -22,10 +22,11 @@ def undisturbed(tmp_path_factory) -> Path:
     return folder / "run"
 
 
-def start(folder: Path):
+def start(folder: Path, fault: tuple = ()):
     """The command, or its resumption where the run has begun."""
     begun = (folder / "run" / "recipe.resolved.yaml").exists()
-    return process("pretrain", *(["--resume", "run"] if begun else [*RECIPE, "--run", "run"]), cwd=folder)
+    words = ["--resume", "run"] if begun else [*RECIPE, "--run", "run"]
+    return process("pretrain", *words, cwd=folder, fault=fault)
 
 
 def killed(folder: Path, moments: list[float]) -> None:
@@ -58,11 +59,10 @@ def test_killed_twenty_times(undisturbed, tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_saves_and_says_how_to_go_on(undisturbed, tmp_path, number, code):
-    started = start(tmp_path)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while started.poll() is None and not metrics.exists():
-        time.sleep(0.01)
+    started = start(tmp_path, fault=("held", 9))
+    until((tmp_path / "run" / "metrics.jsonl").exists)
     started.send_signal(number)
+    (tmp_path / "go").touch()
     said = finish(started)
     assert said.code == code
     assert "hint: vit pretrain --resume run" in said.err
@@ -104,10 +104,10 @@ def test_one_process_a_run_folder(undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
     for left in ("checkpoints", "last"):
         shutil.rmtree(tmp_path / "run" / left)
-    first = start(tmp_path)
-    while first.poll() is None and not (tmp_path / "run" / "checkpoints").exists():
-        time.sleep(0.01)
+    first = start(tmp_path, fault=("held", 0))
+    until((tmp_path / "run" / "checkpoints").exists)
     second = finish(start(tmp_path))
+    (tmp_path / "go").touch()
     assert second.code == 7
     assert f"process {first.pid}" in second.err
     assert finish(first).code == 0
