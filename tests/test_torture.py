@@ -251,12 +251,12 @@ Classify.losses = limited
 STOP = """
 import signal
 from vitcli.meter import Meter
-end_step = Meter.end_step
+add = Meter.add
 def stopped(self, step, *rest):
-    end_step(self, step, *rest)
+    add(self, step, *rest)
     if step == {step}:
         os.kill(os.getpid(), signal.SIGTERM)
-Meter.end_step = stopped
+Meter.add = stopped
 """
 
 
