@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,11 +60,16 @@ class Vit:
         return Said(int(ended.value.code or 0), said.out, said.err)
 
 
-def process(*args: object, cwd: Path) -> subprocess.Popen[str]:
-    """A command as a process of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def process(*args: object, cwd: Path, fault: tuple[Any, ...] = ()) -> subprocess.Popen[str]:
+    """A command as a process of its own, in which `faults.NAME(*rest)` is called first."""
+    begin = ["-m", "vitcli"]
+    if fault:
+        name, *rest = fault
+        begin = ["-c", f"import faults; faults.{name}(*{rest}); from vitcli import cli; cli.main()"]
+    places = (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, places))}
     return subprocess.Popen(
-        [sys.executable, "-m", "vitcli", *map(str, args)],
+        [sys.executable, *begin, *map(str, args)],
         cwd=cwd,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -74,8 +81,24 @@ def process(*args: object, cwd: Path) -> subprocess.Popen[str]:
 
 def finish(started: subprocess.Popen[str]) -> Said:
     """Wait for a process."""
-    out, err = started.communicate(timeout=300)
+    out, err = started.communicate(timeout=600)
     return Said(started.returncode, out, err)
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, be it that nobody has asked for its exit code."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def until(happens: Callable[[], object], seconds: float = 300) -> None:
+    """Wait for something."""
+    end = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.005)
 
 
 def content(run: Path) -> dict[str, object]:

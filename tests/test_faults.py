@@ -7,11 +7,10 @@ import os
 import random
 import shutil
 import signal
-import time
 
 import pytest
-from command import TINY, content, sets
-from zygote import RECIPE, RESUME, until
+from command import TINY, content, gone, sets, until
+from zygote import RECIPE, RESUME
 
 from vitcli import checkpoint
 
@@ -140,7 +139,9 @@ def test_two_processes_that_start_together_in_one_folder(zygote, undisturbed, tm
     shutil.copytree(undisturbed / "run", tmp_path / "run")
     for left in ("last", "checkpoints/step_00000006"):
         shutil.rmtree(tmp_path / "run" / left)
-    pids = [zygote.begin(tmp_path, *RESUME) for _ in range(3)]
+    pids = [zygote.begin(tmp_path, *RESUME, fault=("held", 5)) for _ in range(3)]
+    until(lambda: sum(map(gone, pids)) >= 2)
+    (tmp_path / "go").touch()
     ended = [zygote.finish(tmp_path, pid) for pid in pids]
     assert sorted(said.code for said in ended) == [0, 7, 7]
     winner = pids[[said.code for said in ended].index(0)]
@@ -168,19 +169,18 @@ def lost_loader(zygote, folder, photos, number):
     source = f"data.source={{name: folder, path: {photos}}}"
     length = "steps=100000", "eval_every=100000", "log_every=1"
     words = [*sets(*TINY, source, "data.classes=2", "data.workers=2", "batch=16", *length), "--run", "run"]
-    pid = zygote.begin(folder, "pretrain", "quickstart", *words, fault=("hasty_loader", 2))
+    pid = zygote.begin(folder, "pretrain", "quickstart", *words, fault=("hasty_loader", 5))
     log = folder / "run/metrics.jsonl"
     until(log.exists)
-    os.kill(pid, signal.SIGUSR1)
-    size = log.stat().st_size
-    until(lambda: log.stat().st_size > size + 1000)
     loaders = [grandchild for child in children(pid) for grandchild in children(child)]
     assert len(loaders) == 2
-    begin = time.monotonic()
+    if number == signal.SIGSTOP:
+        os.kill(pid, signal.SIGUSR1)
+        size = log.stat().st_size
+        until(lambda: log.stat().st_size > size + 1000)
     os.kill(loaders[0], number)
     said = zygote.finish(folder, pid)
     assert said.code == 3, said.err
-    assert time.monotonic() - begin < 30
     for left in loaders:
         with pytest.raises(ProcessLookupError):
             os.kill(left, 0)
@@ -191,7 +191,7 @@ def lost_loader(zygote, folder, photos, number):
     ("number", "message"),
     [
         (signal.SIGKILL, "a loader process was killed"),
-        (signal.SIGSTOP, "the loader processes gave nothing for 2 seconds"),
+        (signal.SIGSTOP, "the loader processes gave nothing for 5 seconds"),
     ],
     ids=["killed", "hung"],
 )

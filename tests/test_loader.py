@@ -5,11 +5,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
+from command import gone, until
 from PIL import Image
 
 from vitcli.data import DataConfig
@@ -218,10 +218,8 @@ def test_a_killed_process_is_an_error_not_a_hang(folder):
     worker = multiprocessing.active_children()[0]
     assert worker.pid
     os.kill(worker.pid, signal.SIGKILL)
-    begin = time.monotonic()
     with pytest.raises(DataError, match="was killed") as caught:
         list(zip(running, range(100_000), strict=False))
-    assert time.monotonic() - begin < 30
     assert "data.workers" in caught.value.hint
     assert multiprocessing.active_children() == []
 
@@ -243,7 +241,7 @@ if __name__ == "__main__":
         next(running)
     print("still loading", flush=True)
     if sys.argv[2] == "wait":
-        time.sleep(60)
+        time.sleep(1000)
     multiprocessing.keep = running  # leaves without closing
     print("leaving", flush=True)
 """
@@ -256,18 +254,9 @@ def start(tmp_path, folder, what):
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def gone(pid):
-    """Whether a process has ended, be it that nobody has asked for its exit code."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-
-
 def test_signals_to_the_group_and_an_exit_without_closing(tmp_path, folder):
     with start(tmp_path, folder, "leave") as process:
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=300)
     assert process.returncode == 0
     pids, *rest = output.splitlines()
     assert rest == ["still loading", "leaving"]
@@ -282,10 +271,7 @@ def test_processes_end_when_the_main_process_is_killed(tmp_path, folder):
         assert process.stdout.readline() == "still loading\n"
         assert not any(gone(pid) for pid in pids)
         process.kill()
-        begin = time.monotonic()
-        while not all(gone(pid) for pid in pids):
-            assert time.monotonic() - begin < 5
-            time.sleep(0.05)
+        until(lambda: all(map(gone, pids)))
 
 
 @pytest.mark.slow
@@ -293,7 +279,7 @@ def test_too_little_shared_memory_is_an_error_with_advice(tmp_path, folder):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.replace('"res": 16', '"res": 512'))
     inside = f"mount -t tmpfs -o size=1m tmpfs /dev/shm && exec {sys.executable} {script} {folder} leave"
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", inside], capture_output=True, text=True, timeout=100)
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", inside], capture_output=True, text=True, timeout=300)
     if "unshare" in done.stderr or "mount:" in done.stderr:
         pytest.skip(f"cannot mount a small /dev/shm here: {done.stderr.splitlines()[0]}")
     assert "DataError: the loader processes need more shared memory" in done.stderr

@@ -109,6 +109,6 @@ def test_a_real_limit_on_memory(tmp_path):
     settings = sets(*TINY[:1], *TINY[3:], "model.patch=1", "data.res=16", "batch=512", "steps=1")
     command = [sys.executable, "-c", LIMITED, "800", "pretrain", "quickstart", *settings, "--run", "run"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "512 images at a time do not fit into memory, going on with 256" in done.stderr

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import Said, Vit, finish, process, sets
+from command import Said, Vit, finish, process, sets, until
 from safetensors.torch import load_file
 
 from vitcli.engine import exact_size
@@ -50,7 +50,7 @@ def started(count: int, *args: object, cwd: Path) -> subprocess.Popen[str]:
 
 
 def several(count: int, *args: object, cwd: Path) -> int:
-    return started(count, *args, cwd=cwd).wait(timeout=300)
+    return started(count, *args, cwd=cwd).wait(timeout=600)
 
 
 def alone(*args: object, cwd: Path) -> Said:
@@ -147,11 +147,7 @@ def ranks(launcher: subprocess.Popen[str]) -> list[int]:
 
 
 def reached(run: Path, step: int) -> None:
-    for _ in range(1200):
-        if any(int(folder.name[5:]) >= step for folder in run.glob("checkpoints/step_*")):
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"{run} never came to step {step}")
+    until(lambda: any(int(folder.name[5:]) >= step for folder in run.glob("checkpoints/step_*")))
 
 
 @pytest.mark.slow
@@ -163,7 +159,7 @@ def test_a_lost_process_costs_nothing_but_time(tmp_path, number):
     launcher = started(2, "pretrain", "quickstart", *settings, "--run", "two", cwd=tmp_path)
     reached(tmp_path / "two", 3)
     os.kill(ranks(launcher)[1], number)
-    assert launcher.wait(timeout=300) == 0
+    assert launcher.wait(timeout=600) == 0
     assert_same_bits(tmp_path / "two", tmp_path / "one")
     log = "".join(file.read_text() for file in tmp_path.glob("*.log"))
     assert "process 0 of 2 lost the others after step" in log
@@ -172,7 +168,7 @@ def test_a_lost_process_costs_nothing_but_time(tmp_path, number):
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path):
     settings = sets(*RUN, "steps=400")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29555", "-m", "--"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "--"]
     command = [*torchrun, "vitcli", "pretrain", "quickstart", *settings, "--run", "two"]
     with (tmp_path / "log").open("w") as log:
         launcher = subprocess.Popen(
@@ -180,7 +176,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path):
         )
     reached(tmp_path / "two", 6)
     os.kill(ranks(launcher)[1], signal.SIGTERM)
-    assert launcher.wait(timeout=300) != 0
+    assert launcher.wait(timeout=600) != 0
     assert "exitcode  : 143" in (tmp_path / "log").read_text()
     newest = max((tmp_path / "two/checkpoints").iterdir())
     step = json.loads((newest / "state.json").read_text())["step"]

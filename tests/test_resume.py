@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from command import TINY, content, finish, process, sets
+from command import TINY, content, finish, process, sets, until
 
 from vitcli import storage
 from vitcli.errors import StorageError
@@ -27,10 +27,11 @@ def undisturbed(tmp_path_factory) -> Path:
     return folder / "run"
 
 
-def start(folder: Path):
+def start(folder: Path, fault: tuple = ()):
     """The command, or its resumption where the run has begun."""
     begun = (folder / "run" / "recipe.resolved.yaml").exists()
-    return process("pretrain", *(["--resume", "run"] if begun else [*RECIPE, "--run", "run"]), cwd=folder)
+    words = ["--resume", "run"] if begun else [*RECIPE, "--run", "run"]
+    return process("pretrain", *words, cwd=folder, fault=fault)
 
 
 def killed(folder: Path, moments: list[float]) -> None:
@@ -63,11 +64,10 @@ def test_killed_twenty_times(undisturbed, tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_saves_and_says_how_to_go_on(undisturbed, tmp_path, number, code):
-    started = start(tmp_path)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while started.poll() is None and not metrics.exists():
-        time.sleep(0.01)
+    started = start(tmp_path, fault=("held", 9))
+    until((tmp_path / "run" / "metrics.jsonl").exists)
     started.send_signal(number)
+    (tmp_path / "go").touch()
     said = finish(started)
     assert said.code == code
     assert "hint: vit pretrain --resume run" in said.err
@@ -109,10 +109,10 @@ def test_one_process_a_run_folder(undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
     for left in ("checkpoints", "last"):
         shutil.rmtree(tmp_path / "run" / left)
-    first = start(tmp_path)
-    while first.poll() is None and not (tmp_path / "run" / "checkpoints").exists():
-        time.sleep(0.01)
+    first = start(tmp_path, fault=("held", 0))
+    until((tmp_path / "run" / "checkpoints").exists)
     second = finish(start(tmp_path))
+    (tmp_path / "go").touch()
     assert second.code == 7
     assert f"process {first.pid}" in second.err
     assert finish(first).code == 0

@@ -1,13 +1,17 @@
 """`vit runs`: what is there, how runs compare, and checkpoints that nothing needs."""
 
+import fcntl
 import json
 import shutil
+import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 from command import TINY, Vit, sets
 from PIL import Image
 
+from vitcli.errors import LockedError
 from vitcli.run import Run
 
 RUN = sets(*TINY, "steps=6", "log_every=1", "eval_every=2")
@@ -137,6 +141,38 @@ def test_a_running_run_is_not_pruned_by_name(vit, runs):
         said = vit("runs", "prune", "runs/quickstart", "--yes")
     assert said.code == 7
     assert names(runs / "quickstart") == ["step_00000004", "step_00000006"]
+
+
+NOBODY = f"process {2**22 + 1} on {socket.gethostname()}"  # a larger number than Linux gives
+
+
+@pytest.mark.parametrize("before", [NOBODY, ""], ids=["the last one's name", "none"])
+def test_an_owner_that_has_not_yet_said_so_is_waited_for(runs, monkeypatch, before):
+    place = runs / "other/run.lock"
+    place.write_text(before)
+    monkeypatch.setattr("vitcli.run.time", SimpleNamespace(sleep=lambda _: place.write_text("process 1 on here")))
+    with place.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(LockedError, match="in use by process 1 on here"):
+            Run(runs / "other")
+
+
+def test_an_owner_that_never_says_so_is_not_waited_for_forever(runs, monkeypatch):
+    monkeypatch.setattr("vitcli.run.time", SimpleNamespace(sleep=lambda _: None))
+    with (runs / "other/run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(LockedError, match="in use by another process"):
+            Run(runs / "other")
+
+
+def test_one_who_only_asks_keeps_nobody_out(runs, monkeypatch):
+    place = runs / "other/run.lock"
+    place.write_text(NOBODY)
+    with place.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        monkeypatch.setattr("vitcli.run.time", SimpleNamespace(sleep=lambda _: fcntl.flock(lock, fcntl.LOCK_UN)))
+        with Run(runs / "other"):
+            pass
 
 
 def test_a_finished_run_without_checkpoints_is_not_begun_again(vit, runs):

@@ -497,6 +497,15 @@ def test_a_fetched_shard_is_held_against_its_list(folder, tmp_path, monkeypatch,
         opened(f"file://{tmp_path}").read(0)
 
 
+def test_a_shard_that_another_process_deletes_at_once_is_read(tmp_path, monkeypatch):
+    write(tmp_path / "train-0.tar", *samples(3))
+    dataset = opened(f"file://{tmp_path}", cache_gb=1.0)
+    for file in (_remote.index.folder() / "shards").glob("*.tar"):
+        file.unlink()
+    monkeypatch.setattr(Path, "replace", lambda here, there: os.replace(here, there) or os.unlink(there))
+    assert reds(dataset) == [0, 1, 2]
+
+
 def test_training_and_scoring_on_shards(folder, tmp_path, monkeypatch, vit):
     monkeypatch.chdir(tmp_path)
     assert vit("data", "pack", folder, "out", "--jobs", "1").code == 0

@@ -204,8 +204,8 @@ def ranks(count, folder, *words, fault=""):
     """A command in so many processes on this machine, with a line of Python run in each before: its exit code."""
     driver = folder / "driver.py"
     driver.write_text(f"import os\nrank = int(os.environ['RANK'])\n{fault}\nfrom vitcli import cli\ncli.main()\n")
-    port = f"--master-port={random.randint(20000, 40000)}"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", port, "--", str(driver)]
+    here = ("--standalone", f"--nproc-per-node={count}")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *here, "--", str(driver)]
     with (folder / "log").open("w") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run([*torchrun, *words], cwd=folder, stdout=log, stderr=log, env=environment, timeout=600)
@@ -251,12 +251,12 @@ Classify.losses = limited
 STOP = """
 import signal
 from vitcli.meter import Meter
-end_step = Meter.end_step
+add = Meter.add
 def stopped(self, step, *rest):
-    end_step(self, step, *rest)
+    add(self, step, *rest)
     if step == {step}:
         os.kill(os.getpid(), signal.SIGTERM)
-Meter.end_step = stopped
+Meter.add = stopped
 """
 
 

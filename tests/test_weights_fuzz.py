@@ -340,7 +340,7 @@ def clock() -> Iterator[None]:
 
 def outcome(path: Path) -> str:
     """`loads`, or the message with which a file is refused, which is one line fit to print."""
-    signal.alarm(10)
+    signal.alarm(100)
     try:
         checkpoint.load(path)
     except CheckpointError as error:

@@ -5,11 +5,12 @@
 """
 
 import contextlib
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
-import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -88,12 +89,13 @@ def serve() -> None:
 
 
 def command(words: list[str], cwd: str, fault: list[Any]) -> None:
-    """Become a command."""
+    """Become a command, which ends with this server if a test leaves it behind."""
     import faults
 
     from vitcli import cli
 
-    code = 1
+    code, parent_death = 1, 1
+    ctypes.CDLL(None).prctl(parent_death, signal.SIGKILL)
     try:
         os.chdir(cwd)
         for descriptor, name in ((1, "out"), (2, "err")):
@@ -110,14 +112,6 @@ def command(words: list[str], cwd: str, fault: list[Any]) -> None:
             with contextlib.suppress(OSError):
                 stream.flush()
         os._exit(code)
-
-
-def until(happens: Any, seconds: float = 120) -> None:
-    """Wait for something."""
-    end = time.monotonic() + seconds
-    while not happens():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.005)
 
 
 if __name__ == "__main__":

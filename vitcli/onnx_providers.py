@@ -51,7 +51,7 @@ def trial(provider: str) -> None:
         print("loaded")
 
 
-def why_not(provider: str, timeout: float = 60.0) -> tuple[str, str] | None:
+def why_not(provider: str, timeout: float = 120.0) -> tuple[str, str] | None:
     """Why ONNX Runtime cannot use a provider, and what would bring it (may be empty); None if it can."""
     command = [sys.executable, "-c", TRIAL, provider]
     try:

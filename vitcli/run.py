@@ -9,7 +9,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -28,15 +30,9 @@ class Run:
         self.silent = False
         self.track: Callable[[dict[str, Any]], None] = lambda row: None
         self._lock: TextIO | None = (path / "run.lock").open("a+")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "another process"
+        if owner := _owner(self._lock):
             self._lock.close()
-            raise LockedError(
-                f"{path} is in use by {owner}", "wait for it, or choose another folder with --run"
-            ) from None
+            raise LockedError(f"{path} is in use by {owner}", "wait for it, or choose another folder with --run")
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
@@ -98,6 +94,40 @@ class Run:
         """Forget the lines after `size` bytes: the steps that a resumed run takes again."""
         if self.metrics_file.exists() and not self.silent:
             os.truncate(self.metrics_file, min(size, self.log_size()))
+
+
+def _owner(lock: TextIO) -> str | None:
+    """Who owns the run; None if this process does from now on.
+
+    An owner has the lock a moment before it says so, and one who only asks has it for a moment and says nothing. Until
+    then the file names nobody, or an owner that has ended.
+    """
+    owner = ""
+    for _ in range(100):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return None
+        except OSError:
+            lock.seek(0)
+            owner = lock.read().strip()
+        if owner and not _ended(owner):
+            break
+        time.sleep(0.01)
+    return owner or "another process"
+
+
+def _ended(owner: str) -> bool:
+    """Whether an owner that a lock names was a process of this machine, and is no more."""
+    named = re.fullmatch(r"process (\d+) on (.+)", owner)
+    if not named or named[2] != socket.gethostname():
+        return False
+    try:
+        os.kill(int(named[1]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # it is another user's
+        pass
+    return False
 
 
 def create(name: str, path: Path | None = None) -> Run:

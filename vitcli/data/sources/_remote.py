@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,18 +80,20 @@ class Cache:
         """
         folder = index.folder() / "shards"
         place = folder / f"{hashlib.sha256(repr(shard).encode()).hexdigest()[:32]}.tar"
-        try:
+        with suppress(FileNotFoundError):
             return _open(place)
-        except FileNotFoundError:
-            pass
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with place.with_suffix(".lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if not place.exists():  # else another process has fetched it
-                    self._make_room(folder, shard.size)
-                    _fetch(shard, place, digest)
-                return _open(place)
+                with suppress(FileNotFoundError):
+                    return _open(place)  # another process has fetched it
+                self._make_room(folder, shard.size)
+                temporary = place.with_name(f".tmp-{place.name}")
+                _fetch(shard, temporary, digest)
+                descriptor = _open(temporary)  # once it has its name, others may delete it to make room
+                temporary.replace(place)
+                return descriptor
         except OSError as error:
             hint = "free space, or keep less: --set data.source.cache_gb=10"
             raise StorageError(f"cannot keep {shard.name} in {folder}: {error.strerror or error}", hint) from error
@@ -114,23 +117,21 @@ class Cache:
 
 
 def _open(place: Path) -> int:
-    descriptor = os.open(place, os.O_RDONLY)
-    os.utime(place)
+    descriptor, now = os.open(place, os.O_RDONLY), time.time_ns()
+    os.utime(descriptor, ns=(now, now))  # a file system's own clock is too coarse to tell reads apart
     return descriptor
 
 
-def _fetch(shard: Shard, place: Path, digest: str | None) -> None:
-    temporary = place.with_name(f".tmp-{place.name}")
+def _fetch(shard: Shard, into: Path, digest: str | None) -> None:
     for attempt in range(TRIES):
         try:
             files, path = connect(shard.name)
             with _told(shard.name):
-                files.get_file(path, str(temporary))
-            _check(shard, temporary, digest)
-            temporary.replace(place)
+                files.get_file(path, str(into))
+            _check(shard, into, digest)
             return
         except DataError:
-            temporary.unlink(missing_ok=True)
+            into.unlink(missing_ok=True)
             if attempt == TRIES - 1:
                 raise
             time.sleep(PAUSE * 2**attempt)
