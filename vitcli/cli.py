@@ -245,6 +245,9 @@ def evaluate(
     ckpt = ckpt or _newest()
     predictor = open_predictor(ckpt, device=device, provider=provider, precision=precision)
     dataset = _images_to_score(ckpt, data, separator)
+    if predictor.thresholds is not None and not dataset.multi_label:
+        warning = "warning: the model finds several classes in an image, and these images have one label each"
+        err.print(f"{warning}; of a table, --separator says otherwise", highlight=False, soft_wrap=True)
     if min_top1 is not None and dataset.multi_label:
         raise RecipeError("--min-top1 is for one label an image, and these have several", "take --min-map")
     if min_map is not None and not dataset.multi_label:

@@ -120,8 +120,12 @@ def _labels(cell: Any, separator: str | None, where: str) -> list[str]:
 
 def _label(value: Any, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        told = "no label" if value in (None, "") else f"the label {value!r} is neither text nor a whole number"
-        raise DataError(f"{where}: {told}")
+        if value in (None, ""):
+            hint = (
+                "label it; or, if images may have several labels or none, say by data.source.separator what is between"
+            )
+            raise DataError(f"{where}: no label", hint)
+        raise DataError(f"{where}: the label {value!r} is neither text nor a whole number")
     text = str(value)
     if text.startswith("-") and text[1:].isdecimal():
         raise DataError(f"{where}: the label {text} is negative", "leave out images without a class")
