@@ -35,7 +35,7 @@ class Table(Source):
     image: str = Field("image", description="the column of paths or bytes")
     label: str = Field("label", description="the column of labels")
     separator: str | None = Field(
-        None, description="what stands between the labels of an image, as | or ;; null: one label"
+        None, description="what stands between the labels of an image, as |; null: one label"
     )
 
     @model_validator(mode="after")
