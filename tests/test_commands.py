@@ -1,6 +1,7 @@
 """The commands as a user types them, on real images."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 
 from vitcli import checkpoint, recipe_files
+from vitcli.processes import Processes
 
 
 @pytest.fixture
@@ -181,18 +183,70 @@ def test_the_average_is_what_is_scored_and_kept(vit, tmp_path):
     assert top1[0] == top1[1]
 
 
-def test_not_a_number_ends_with_5_and_saves_nothing(vit, tmp_path):
+def test_not_a_number_ends_with_5_and_saves_no_such_weights(vit, tmp_path):
     wild = sets(*TINY, "optim={lr: 1.0e+30, clip: null}", "steps=20", "log_every=10", "save_every=10")
     said = vit("pretrain", "quickstart", *wild, "--run", tmp_path / "run")
     assert said.code == 5
     assert "lower optim.lr" in said.err
-    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000000"]
+    assert "to the end of training" in said.err
+    assert not (tmp_path / "run/last").exists()
+    for folder in (tmp_path / "run/checkpoints").iterdir():
+        assert all(np.isfinite(tensor).all() for tensor in load_file(folder / "training.safetensors").values())
 
 
-def test_a_run_folder_is_never_overwritten(vit, run):
+def test_a_signal_that_comes_while_processes_agree_is_not_lost(vit, tmp_path, monkeypatch):
+    turns = iter(range(100))
+
+    def largest(self, number):
+        if next(turns) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return number
+
+    monkeypatch.setattr(Processes, "largest", largest)
+    said = vit("pretrain", "quickstart", *sets(*TINY, "steps=9"), "--run", tmp_path / "run")
+    assert said.code == 143
+    assert "after step 3 of 9, which is saved" in said.err
+
+
+def test_a_run_folder_is_never_overwritten(vit, run, tmp_path):
     said = vit("pretrain", "quickstart", "--run", run)
     assert said.code == 4
     assert f"continue it with --resume {run}" in said.err
+    (tmp_path / "empty").mkdir()
+    assert vit("pretrain", "quickstart", *sets(*TINY, "steps=5"), "--run", tmp_path / "empty").code == 0
+
+
+def test_keys_are_listed_with_their_defaults(vit):
+    lines = vit("recipes", "keys").out.splitlines()
+    of = {line.split()[0]: line.removeprefix(line.split()[0]).strip() for line in lines}
+    assert of["optim.lr"].startswith("a number > 0")
+    assert "0.001" in of["optim.lr"]
+    assert "required" in of["model.width"]
+    assert "null" in of["data.workers"]
+    assert "constant    cosine" in of["optim.schedule"]
+
+
+def test_an_unreadable_validation_image_is_told_and_training_goes_on(vit, tmp_path):
+    for split, count in (("train", 16), ("val", 4)):
+        for name in ("a", "b"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (8, 8), (9 * number, 0, 200 * (name == "a"))).save(
+                    tmp_path / "data" / split / name / f"{number}.png"
+                )
+    (tmp_path / "data/val/b/2.png").write_bytes(b"no image")
+    source = f"data.source={{name: folder, path: {tmp_path / 'data'}}}"
+    said = vit(
+        "pretrain",
+        "quickstart",
+        *sets(*TINY, source, "data.classes=2", "steps=5", "batch=16"),
+        "--run",
+        tmp_path / "run",
+    )
+    assert said.code == 0, said.err
+    assert "warning: not scored: " in said.err
+    assert "val/b/2.png" in (tmp_path / "run/train.log").read_text()
+    assert (tmp_path / "run/best").is_dir()
 
 
 @pytest.mark.parametrize("name", sorted(recipe_files.shipped()))
@@ -205,6 +259,26 @@ def test_dry_run_of_every_shipped_recipe(vit, run, name):
     assert said.code == 0, said.err
     assert said.json["parameters"] > 0
     assert said.json["steps"] > 0
+
+
+def test_dry_run_for_several_gpus(vit):
+    one, eight = (
+        vit("pretrain", "b16_in1k", "--dry-run", "--json", *sets("runtime.device=cpu"), *gpus).json
+        for gpus in ((), ("--gpus", "8"))
+    )
+    assert (eight["processes"], eight["at_a_time"], eight["steps"]) == (8, one["at_a_time"] // 8, one["steps"])
+    assert eight["memory"] < one["memory"] / 4
+    said = vit("pretrain", "b16_in1k", "--dry-run", "--gpus", "3")
+    assert said.code == 2
+    assert "cannot be shared equally by 3 processes" in said.err
+
+
+def test_a_batch_larger_than_the_data_is_refused_by_dry_run_and_training(vit, tmp_path):
+    for words in (("--dry-run",), ("--run", tmp_path / "run")):
+        said = vit("pretrain", "quickstart", "--set", "batch=5000", *words)
+        assert said.code == 3
+        assert "a batch of 5000 is more than the 1438 training images" in said.err
+        assert "hint: take at most --set batch=1438" in said.err
 
 
 @pytest.mark.parametrize("name", ["s16_in1k", "b16_in1k", "l16_in1k", "b32_in1k", "l32_in1k"])

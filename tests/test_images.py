@@ -6,6 +6,7 @@ import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 
 from vitcli.data.images import BadImage, decode, decode_pixels
 from vitcli.data.preprocess import pixels
-from vitcli.errors import DataError
+from vitcli.errors import DataError, StorageError
 
 # An image without any symmetry: each corner block has a colour of its own.
 PATTERN = np.zeros((6, 10, 3), dtype=np.uint8)
@@ -380,3 +381,9 @@ def test_the_short_way_refuses_alike(data):
     with pytest.raises(BadImage) as found:
         decode_pixels(data, "x.jpg")
     assert str(found.value) == str(expected.value)
+
+
+def test_an_error_goes_through_pickle_with_all_it_says():
+    for error in (BadImage("a\n.png", "torn", "mend it"), StorageError("full", "free space")):
+        copy = ForkingPickler.loads(ForkingPickler.dumps(error))
+        assert (type(copy), str(copy), copy.hint) == (type(error), str(error), error.hint)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vitcli.data import DataConfig
 from vitcli.data.images import BadImage
-from vitcli.data.loader import epoch_steps, eval_batches, train_batches
+from vitcli.data.loader import eval_batches, train_batches
 from vitcli.data.workers import CHUNK
 from vitcli.errors import DataError
 
@@ -155,13 +155,6 @@ def test_no_global_generator_is_used(folder):
     for workers in (0, 1):
         batches(config(folder, workers=workers))
     assert state() == before
-
-
-def test_a_batch_larger_than_the_data_is_refused(folder):
-    dataset = config(folder).source.open("train")
-    assert epoch_steps(dataset, 40) == 1
-    with pytest.raises(DataError, match="a batch of 41 is more than the 40 training images"):
-        train_batches(config(folder), dataset, batch=41, seed=0, start=0, steps=1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,10 +1,11 @@
-"""Gradients that are not numbers: the update is skipped and told, and too many in a row end the run."""
+"""Gradients that are not numbers: the update is skipped and told; too many in a row take the weights back."""
 
 import json
+import signal
 
 import pytest
 import torch
-from command import TINY, Vit, sets
+from command import TINY, Vit, content, sets
 
 from vitcli import train
 from vitcli.data import preprocess
@@ -19,15 +20,18 @@ def vit(capsys, monkeypatch):
 
 @pytest.fixture
 def spoil(monkeypatch):
-    """Puts NaN into one pixel of the training batches of some steps."""
+    """Puts NaN into one pixel of the training batches of some steps, and sends SIGTERM in the step `stop`."""
 
-    def spoil(*bad: int) -> None:
+    def spoil(*bad: int, stop: int | None = None) -> None:
         seen = iter(range(1000))
 
         def normalise(images, preprocessing):
             images = preprocess.normalise(images, preprocessing)
-            if next(seen) in bad:
+            step = next(seen)
+            if step in bad:
                 images[0, 0, 0, 0] = torch.nan
+            if step == stop:
+                signal.raise_signal(signal.SIGTERM)
             return images
 
         monkeypatch.setattr(train, "normalise", normalise)
@@ -46,15 +50,41 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_told(vit, spoil, tmp_pa
     assert all(row["loss"] < 3 and row["grad_norm"] > 0 for row in rows if "loss" in row)
 
 
-def test_three_in_a_row_end_the_run_with_the_weights_from_before(vit, spoil, tmp_path):
-    spoil(5, 6, 7, 8)
-    said = vit("pretrain", "quickstart", *sets(*RUN), "--run", tmp_path / "run")
-    assert said.code == 5
-    assert "the gradient of 3 updates in a row, up to step 7, was NaN or infinite" in said.err
-    assert "hint: " in said.err
-    kept = sorted(folder.name for folder in (tmp_path / "run/checkpoints").iterdir())
-    assert kept == [f"step_{step:08d}" for step in range(8)]
-    spoil()
-    said = vit("pretrain", "--resume", tmp_path / "run", "--json")
+OFTEN = [*TINY, "steps=12", "log_every=3", "eval_every=6", "keep_last=9", "save_every=4"]
+
+
+def test_too_many_in_a_row_go_back_to_weights_from_before(vit, spoil, tmp_path):
+    spoil(5, 6, 7, 8)  # update 4 is the only one between the last good checkpoint and these
+    said = vit("pretrain", "quickstart", *sets(*OFTEN), "--run", tmp_path / "run", "--json")
     assert said.code == 0, said.err
-    assert said.json["skipped"] == 2
+    assert said.json["skipped"] == 4
+    assert "skipped too often: back to the weights of step 4" in said.err
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["rolled_back_to"] for row in rows if row["step"] == 9 and "rolled_back_to" in row] == [4]
+
+    spoil(4, 5, 6, 7, 8)  # as if that one had been skipped, too
+    said = vit("pretrain", "quickstart", *sets(*OFTEN, "log_every=12"), "--run", tmp_path / "patient", "--json")
+    assert said.json["skipped"] == 5
+    run, patient = content(tmp_path / "run"), content(tmp_path / "patient")
+    assert run["last/model.safetensors"] == patient["last/model.safetensors"]
+
+
+def test_a_run_that_was_interrupted_goes_back_to_the_same_place(vit, spoil, tmp_path, monkeypatch):
+    spoil(5, 6, 7, 8)
+    assert vit("pretrain", "quickstart", *sets(*OFTEN), "--run", tmp_path / "whole").code == 0
+    spoil(5, 6, 7, 8, stop=6)
+    assert vit("pretrain", "quickstart", *sets(*OFTEN), "--run", tmp_path / "run").code == 143
+    assert (tmp_path / "run/checkpoints/step_00000007").is_dir()
+    spoil(0, 1)
+    said = vit("pretrain", "--resume", tmp_path / "run")
+    assert said.code == 0, said.err
+    assert content(tmp_path / "run") == content(tmp_path / "whole")
+
+
+def test_a_run_that_went_back_in_vain_ends(vit, spoil, tmp_path):
+    spoil(*range(2, 100))
+    said = vit("pretrain", "quickstart", *sets(*OFTEN, "steps=40"), "--run", tmp_path / "run")
+    assert said.code == 5
+    assert said.err.count("back to the weights of step") == 3
+    assert "was not finite, after going back to an earlier checkpoint 3 times" in said.err
+    assert "hint: " in said.err

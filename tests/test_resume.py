@@ -1,6 +1,8 @@
 """A run that is killed goes on to the same bits as one that is left alone."""
 
+import errno
 import json
+import os
 import random
 import shutil
 import signal
@@ -9,6 +11,9 @@ from pathlib import Path
 
 import pytest
 from command import TINY, content, finish, process, sets
+
+from vitcli import storage
+from vitcli.errors import StorageError
 
 STEPS = 60
 RECIPE = ["quickstart", *sets(*TINY, f"steps={STEPS}", "eval_every=20", "save_every=5", "log_every=4")]
@@ -137,3 +142,26 @@ def test_a_fine_tuning_killed_before_its_first_checkpoint_starts_from_its_weight
     assert "starting from" in said.err
     ended = [(tmp_path / name / "last" / "model.safetensors").read_bytes() for name in ("whole", "run")]
     assert ended[0] == ended[1]
+
+
+def test_a_mistake_of_the_program_is_not_told_as_a_full_disk(tmp_path):
+    with pytest.raises(KeyError):
+        storage.write_folder(tmp_path / "folder", lambda place: {}["absent"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_replaced_keeps_its_name(tmp_path, monkeypatch):
+    def write(content):
+        storage.write_folder(tmp_path / "folder", lambda place: (place / "file").write_text(content))
+
+    def rename(self, target):
+        if self.name == ".tmp-folder":
+            raise OSError(errno.EIO, "the disk is gone")
+        return os.rename(self, target)
+
+    write("old")
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(StorageError, match="the disk is gone"):
+        write("new")
+    assert [file.name for file in tmp_path.iterdir()] == ["folder"]
+    assert (tmp_path / "folder/file").read_text() == "old"

@@ -61,3 +61,24 @@ def spoilt_by_another():
 def test_another_error_on_its_way_is_the_one_that_is_told():
     with pytest.raises(KeyError, match="first"):
         spoilt_by_another()
+
+
+def test_nothing_is_written_after_an_error():
+    done = []
+
+    def two():
+        with Saver() as saver:
+            saver.begin(fail)
+            saver.begin(lambda: done.append("checkpoint"))
+
+    with pytest.raises(OSError, match="disk full"):
+        two()
+    assert done == []
+
+
+def test_waiting_until_all_is_done():
+    done = []
+    with Saver() as saver:
+        saver.begin(lambda: (time.sleep(0.1), done.append(1)))
+        saver.wait()
+        assert done == [1]

@@ -202,6 +202,16 @@ def test_names_are_spelt_with_stars_and_ranges(tmp_path):
         opened(tmp_path / "pipe:touch x")
 
 
+@pytest.mark.parametrize("words", [("check",), ("pack", "out")])
+def test_without_shards_of_the_usual_names_it_says_how_to_name_them(tmp_path, vit, words):
+    write(tmp_path / "x-0.tar", *samples(1))
+    name, *out = words
+    said = vit("data", name, f"file://{tmp_path}", *(tmp_path / place for place in out))
+    assert said.code == 3
+    assert "has no shards 'train-*.tar' and no 'val-*.tar'" in said.err
+    assert "hint: name them: --set data.source.train='*.tar'" in said.err
+
+
 def test_members_need_not_be_neighbours_and_other_kinds_are_counted(tmp_path):
     marker = tmp_path / "executed"
     payload = f"cposix\nsystem\n(S'touch {marker}'\ntR.".encode()

@@ -77,3 +77,27 @@ def test_an_unknown_tracker_is_a_mistake_of_the_recipe(vit):
     assert said.code == 2
     assert "--set track" in said.err
     assert "tensorboard" in said.err
+
+
+class Broken:
+    PACKAGE = "json"
+
+    @staticmethod
+    def begin(run, mark, step, recipe):
+        return Broken()
+
+    def log(self, step, values):
+        if step > 2:
+            raise ConnectionError("the server is gone")
+
+    def close(self):
+        raise AssertionError("one that failed is not asked again")
+
+
+def test_a_tracker_that_fails_does_not_end_training(vit, tmp_path, monkeypatch):
+    monkeypatch.setitem(trackers.FOUND, "tensorboard", Broken)
+    said = vit("pretrain", *RUN, *sets("track=[tensorboard]"), "--run", "run")
+    assert said.code == 0, said.err
+    assert said.err.count("tensorboard takes no more of this run's numbers") == 1
+    assert "the server is gone" in said.err
+    assert (tmp_path / "run/last").is_dir()

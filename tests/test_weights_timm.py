@@ -117,15 +117,6 @@ def test_distilled(tmp_path, classes):
     assert assert_logits(tmp_path / "deit.safetensors", model).config.distilled
 
 
-def test_heads_that_a_person_knows(tmp_path):
-    model = reference(num_heads=4)
-    save_file(model.state_dict(), tmp_path / "some.safetensors")
-    foreign = weights.load(tmp_path / "some.safetensors", heads=4)
-    ours = foreign.config.build(10, (32, 32)).eval()
-    ours.load_state_dict(foreign.state)
-    torch.testing.assert_close(ours(images()), model(images()), rtol=0, atol=1e-5)
-
-
 def test_preprocessing_by_convention(tmp_path):
     save_file(reference(img_size=64, patch_size=16).state_dict(), tmp_path / "some.safetensors")
     assert checkpoint.load(tmp_path / "some.safetensors").preprocessing == Preprocessing(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vitcli.errors import MemoryExhaustedError
+from vitcli.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -143,7 +144,7 @@ def _at_best(
         try:
             ready = _ready(contender, batch, device, seconds)
         except Exception as error:
-            if not _is_memory(error):
+            if not is_out_of_memory(error):
                 raise
             tried[batch] = None
             continue
@@ -197,10 +198,3 @@ def _peak(device: torch.device, before: int | None) -> int | None:
     import torch
 
     return None if before is None else torch.cuda.max_memory_allocated(device) - before
-
-
-def _is_memory(error: Exception) -> bool:
-    """Whether the memory of the device was too small; the CPU's allocator has no error class of its own."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -64,6 +64,7 @@ class Position:
     # Updates that were skipped because their gradient was not finite.
     skipped: int = 0
     skipped_in_a_row: int = 0
+    rollbacks: int = 0
     # Images that a process computes at a time, where memory held no more; None: as the recipe says.
     micro_batch: int | None = None
     # Of the last evaluation, as Trained has them.

@@ -126,7 +126,7 @@ def pretrain(
         raise RecipeError("no recipe given", "vit pretrain quickstart, or `vit recipes` for the others")
     loaded = loader.load(recipe, sets or ())
     if dry_run:
-        _print_plan(loaded, json)
+        _print_plan(loaded, json, gpus or 1)
         return
     if gpus:
         _launch(gpus)
@@ -197,7 +197,7 @@ def finetune(
     }
     loaded = loader.load(recipe, sets or (), under=under, origin=str(ckpt), options=options)
     if dry_run:
-        _print_plan(loaded, json)
+        _print_plan(loaded, json, gpus or 1)
         return
     if gpus:
         _launch(gpus)
@@ -378,11 +378,12 @@ def _refuse_with_resume(**given: object) -> None:
             raise RecipeError(f"{shown} does not go with --resume: a run keeps its recipe", "start a new run instead")
 
 
-def _print_plan(recipe: Recipe, json: bool) -> None:
+def _print_plan(recipe: Recipe, json: bool, processes: int) -> None:
     from vitcli.plan import plan
+    from vitcli.processes import Processes
     from vitcli.report import tables
 
-    made = plan(recipe)
+    made = plan(recipe, Processes(count=processes))
     print(jsons.dumps(asdict(made)) if json else "\n".join(tables.plan_lines(made, recipe)))
 
 

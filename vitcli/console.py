@@ -16,7 +16,7 @@ from rich.markup import escape
 from vitcli.errors import StorageError, UserError
 
 out, err = Console(), Console(stderr=True)
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)
 UsageError = typer.BadParameter.__mro__[2]  # of all mistakes of usage; typer 0.29 has a copy of click's of its own
 
 
@@ -83,8 +83,8 @@ def run(app: typer.Typer) -> None:
 def _unexpected(error: Exception) -> int:
     """Say what nothing has foreseen, and its exit code: a disk that refuses, or else a bug."""
     if isinstance(error, OSError) and error.errno in DISK:
-        print_error(f"cannot write{f' {error.filename}' if error.filename else ''}: {error.strerror}")
-        err.print("hint: free space or choose another folder", highlight=False, markup=False)
+        print_error(f"{error.filename or 'the disk'}: {error.strerror}")
+        err.print("hint: free space, or choose a folder that you may write", highlight=False, markup=False)
         return StorageError.exit_code
     print_error(f"a bug: {type(error).__name__}: {error}")
     err.print("hint: VIT_DEBUG=1 shows where; please report it", highlight=False, markup=False)

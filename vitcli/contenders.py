@@ -15,15 +15,17 @@ from torch import Tensor, nn
 
 from vitcli import checkpoint, optim, peers
 from vitcli.bench import Contender
+from vitcli.checkpoint import Position
 from vitcli.data import Preprocessing
 from vitcli.data.loader import train_batches
 from vitcli.data.place import put
-from vitcli.engine import Engine
 from vitcli.inference import Predictor, TorchPredictor
+from vitcli.memory import MicroBatch
 from vitcli.onnx_model import OnnxPredictor
-from vitcli.processes import Processes
+from vitcli.processes import ALONE
 from vitcli.recipe import Recipe
 from vitcli.runtime import Runtime
+from vitcli.update import Update
 
 if TYPE_CHECKING:
     from vitcli.model import ViTConfig
@@ -57,21 +59,15 @@ def training(recipe: Recipe, runtime: Runtime, against: list[str]) -> list[Conte
 
 def _own_step(recipe: Recipe, runtime: Runtime, batch: int) -> Call:
     """An update as `train.fit` does it."""
-    module = runtime.prepare(recipe.objective.build(recipe.model.build(classes(recipe), recipe.data.res)))
-    engine = Engine(module, Processes(), "ddp", None, runtime.device)
+    recipe = recipe.model_copy(update={"batch": batch})
+    model = recipe.model.build(classes(recipe), recipe.data.res)
+    module = runtime.prepare(recipe.objective.build(model, [1] * classes(recipe))).train()
     optimizer = optim.build(recipe.optim, module)
-    part = _batch(recipe, runtime, batch)
-    module.train()
-
-    def learn(images: Tensor, targets: Tensor, lr: optim.Number) -> Tensor:
-        with runtime.autocast():
-            losses = engine.forward({"images": images, "targets": targets})
-        losses["loss"].backward()
-        norm = optim.clip(module, recipe.optim.clip)
-        optim.update(optimizer, lr, norm.isfinite())
-        return norm
-
-    return partial(runtime.recorded(learn), part["images"], part["targets"], recipe.optim.lr)
+    average = optim.Average(module, recipe.optim.ema) if recipe.optim.ema else None
+    at_a_time = min(batch, recipe.runtime.micro_batch or batch)
+    micro_batch = MicroBatch(at_a_time, Position(), ALONE, rigid=True, tell=print)
+    update = Update(recipe, module, optimizer, average, runtime, ALONE, micro_batch)
+    return partial(update, 0, **_batch(recipe, runtime, batch), lr=recipe.optim.lr)
 
 
 def _peer_step(recipe: Recipe, runtime: Runtime, name: str, batch: int) -> Call:
@@ -79,7 +75,7 @@ def _peer_step(recipe: Recipe, runtime: Runtime, name: str, batch: int) -> Call:
     model = peers.build(name, recipe.model, classes(recipe), recipe.data.res).to(runtime.device).train()
     if runtime.compile:
         model.compile(dynamic=False)
-    module: Any = recipe.objective.build(model)  # pyright: ignore[reportArgumentType] (the same loss round any model)
+    module: Any = recipe.objective.build(model, [1] * classes(recipe))  # pyright: ignore[reportArgumentType] (the same loss round any model)
     o, parameters = recipe.optim, list(model.parameters())
     if o.name == "adam":
         optimizer = torch.optim.AdamW(parameters, o.lr, (o.beta1, o.beta2), o.eps, o.weight_decay, fused=True)

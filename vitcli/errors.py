@@ -10,8 +10,11 @@ class UserError(ValueError):
     exit_code = 2
 
     def __init__(self, message: str, hint: str = ""):
-        super().__init__(message)
+        super().__init__(message, hint)
         self.hint = hint
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 class RecipeError(UserError):

@@ -5,23 +5,26 @@ from __future__ import annotations
 from functools import partial
 
 from vitcli.model import ResNetStem, ViTConfig
+from vitcli.processes import ALONE, Processes
 from vitcli.recipe import Recipe
 from vitcli.runtime import Runtime
+from vitcli.update import at_a_time
 
 FP32 = 4
 
 
-def peak(recipe: Recipe, runtime: Runtime, parameters: int, classes: int) -> float:
-    """Bytes at the fullest moment of an update.
+def peak(recipe: Recipe, runtime: Runtime, parameters: int, classes: int, processes: Processes = ALONE) -> float:
+    """Bytes on each process's device at the fullest moment of an update.
 
     It is the start of the backward pass, when everything saved is still there and the first gradients flow; or, for a
     small batch, its end, when all gradients of the weights are there.
     """
     number, explicit = (2 if runtime.precision == "bf16" else FP32), runtime.attention == "explicit"
-    images = min(recipe.batch, recipe.runtime.micro_batch or recipe.batch)
+    images = at_a_time(recipe, processes)
+    held = parameters / processes.count if recipe.runtime.shard == "fsdp" else parameters
     moments = 2 if recipe.optim.name == "adam" else 1
-    weights = FP32 * parameters * (1 + moments + bool(recipe.optim.ema))
-    gradients = FP32 * parameters
+    weights = FP32 * held * (1 + moments + bool(recipe.optim.ema))
+    gradients = FP32 * held
     halved = number * parameters if number < FP32 else 0  # autocast's copy of the weights
 
     c, (height, width) = recipe.model, recipe.data.res
@@ -34,7 +37,7 @@ def peak(recipe: Recipe, runtime: Runtime, parameters: int, classes: int) -> flo
     given = FP32 * (3 * height * width + classes)  # images, targets
     logits = 3 * FP32 * classes  # in fp32, their log-softmax, its gradient
     flowing = tokens(c, recipe.data.res) * (residual * c.width + number * c.mlp_dim)  # gradients in a block
-    earlier = gradients if images < recipe.batch else 0  # those of the micro-batches before
+    earlier = gradients if images < len(processes.share(recipe.batch)) else 0  # those of the micro-batches before
     start = images * (saved + given + logits + flowing) + halved + earlier
     return weights + max(start, gradients)
 

@@ -88,9 +88,14 @@ def size(path: Path) -> int:
 def spare(path: Path) -> list[Path]:
     """Checkpoints that nothing needs: of a finished run all, of another all but the newest whole one.
 
-    best/ and last/ are none of them.
+    best/ and last/ are none of them, nor those that the recipe keeps (`keep_every`).
     """
-    found = sorted((path / "checkpoints").glob("step_*"))
+    every = recipe(path)["keep_every"]
+    found = [
+        folder
+        for folder in sorted((path / "checkpoints").glob("step_*"))
+        if not every or int(folder.name.removeprefix("step_")) % every
+    ]
     if (path / "last").is_dir():
         return found
     needed, _ = checkpoint.newest(path / "checkpoints")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-
-from vitcli.errors import NumericsError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from vitcli.checkpoint import Position
     from vitcli.processes import Processes
-
-IN_A_ROW = 3  # skipped updates that end a run
+    from vitcli.update import Done
 
 
 class Meter:
@@ -33,40 +32,34 @@ class Meter:
     def _restart(self) -> None:
         self._begin, self._waited, self._seen = time.monotonic(), 0.0, 0
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is not training's: an evaluation, a checkpoint."""
+        begin = time.monotonic()
+        yield
+        self._begin += time.monotonic() - begin
+
     def wait(self, seconds: float) -> None:
         """Count time spent waiting for data."""
         self._waited += seconds
 
-    def add(self, step: int, images: int, losses: dict[str, Tensor], norm: Tensor, finite: Tensor) -> None:
-        """An update from some images is done, or skipped because the norm of its gradient is not `finite`.
-
-        Then it counts nothing.
-        """
+    def add(self, step: int, images: int, update: Done) -> None:
+        """An update from some images is done, or was skipped, and then counts nothing."""
         self._seen += images
+        losses, norm, finite = update
         done = {"images": images} | {name: value * images for name, value in (losses | {"grad_norm": norm}).items()}
         _add(self._sums, {name: (finite * value).where(finite, 0.0) for name, value in done.items()})
         self._finite.append((step, finite))
 
     def settle(self) -> list[int]:
-        """Bring `position` up to date; the updates that were skipped since the last time.
-
-        Raises NumericsError if too many were skipped one after another.
-        """
+        """Bring `position` up to date; the updates that were skipped since the last time."""
         import torch
 
         skipped = []
         steps, flags = zip(*self._finite, strict=True) if self._finite else ((), ())
         for step, finite in zip(steps, torch.stack(flags).tolist() if flags else (), strict=True):
-            if finite:
-                self._position.skipped_in_a_row = 0
-                continue
-            skipped.append(step)
-            self._position.skipped_in_a_row += 1
-            if self._position.skipped_in_a_row == IN_A_ROW:
-                raise NumericsError(
-                    f"the gradient of {IN_A_ROW} updates in a row, up to step {step}, was NaN or infinite",
-                    "the weights are from before; lower optim.lr, lengthen the warm-up, or try model.qk_norm=true",
-                )
+            self._position.skipped_in_a_row = 0 if finite else self._position.skipped_in_a_row + 1
+            skipped += [] if finite else [step]
         self._finite = []
         self._position.skipped += len(skipped)
         own = {name: float(value) for name, value in self._sums.items()}

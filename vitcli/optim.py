@@ -150,8 +150,8 @@ def _either(finite: Tensor, yes: Number, no: float, like: Tensor) -> Tensor:
     import torch
 
     if isinstance(yes, int | float):
-        yes = finite.new_full((), yes, dtype=torch.float64)
-    return torch.where(finite, yes, no).to(like.dtype)
+        yes = finite.new_full((), yes, dtype=like.dtype)
+    return torch.where(finite, yes.to(like.dtype), no)
 
 
 def state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
@@ -165,12 +165,17 @@ def state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tens
 
 
 def load_state(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `state`."""
-    parameters = dict(module.named_parameters())
+    """The inverse of `state`, in place where there is a state already; what `tensors` lack begins at zero again."""
+    parameters, live = dict(module.named_parameters()), state(optimizer, module)
     for full_name, tensor in tensors.items():
         name, key = full_name.rsplit("/", 1)
         parameter = parameters[name]
-        optimizer.state[parameter][key] = spread(tensor, like=parameter)
+        if full_name in live:
+            live[full_name].copy_(spread(tensor, like=live[full_name]))
+        else:
+            optimizer.state[parameter][key] = spread(tensor, like=parameter)
+    for full_name in live.keys() - tensors.keys():
+        live[full_name].zero_()
 
 
 class Average:

@@ -8,7 +8,9 @@ from vitcli import footprint
 from vitcli import runtime as runtimes
 from vitcli.errors import DataError
 from vitcli.model import ViTConfig
+from vitcli.processes import ALONE, Processes
 from vitcli.recipe import Recipe
+from vitcli.update import at_a_time
 
 UTILISATION = 0.4  # share of the matrix products' own speed that training reaches, as a rule of thumb
 
@@ -17,8 +19,8 @@ UTILISATION = 0.4  # share of the matrix products' own speed that training reach
 class Plan:
     """The size of a training run. GFLOPs are 2 for each multiply-add of the matrix products and convolutions.
 
-    `memory` is an estimate of the peak in bytes, `seconds` one of the training time from a measurement of a few
-    matrix products on this device.
+    Of each of the `processes`, `at_a_time` images go through the model together and `memory` is an estimate of the peak
+    in bytes; `seconds` is one of the training time, from a measurement of a few matrix products on this device.
     """
 
     parameters: int
@@ -28,21 +30,22 @@ class Plan:
     images: int
     steps: int
     epochs: float
+    processes: int
+    at_a_time: int
     memory: float
     seconds: float
     device: str
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe, processes: Processes = ALONE) -> Plan:
     """The plan of a recipe. The data need not be there if the recipe says `data.classes` and `data.images`.
 
-    Raises DataError if it is not there and the recipe does not say.
+    Raises DataError if it is not there and the recipe does not say; RecipeError if the processes cannot share a batch.
     """
     runtime = runtimes.start(recipe.runtime)
     classes, images = _data(recipe)
     parameters, flops = cost(recipe.model, classes, recipe.data.res)
-    per_epoch = max(1, images // recipe.batch)
-    steps = recipe.steps or max(1, round((recipe.epochs or 0) * per_epoch))
+    per_epoch, steps, _ = recipe.length(images)
     return Plan(
         parameters=parameters,
         gflops=flops / 1e9,
@@ -51,8 +54,10 @@ def plan(recipe: Recipe) -> Plan:
         images=images,
         steps=steps,
         epochs=steps / per_epoch,
-        memory=footprint.peak(recipe, runtime, parameters, classes),
-        seconds=3 * flops * recipe.batch * steps / (UTILISATION * runtime.matmul_speed()),
+        processes=processes.count,
+        at_a_time=at_a_time(recipe, processes),
+        memory=footprint.peak(recipe, runtime, parameters, classes, processes),
+        seconds=3 * flops * recipe.batch * steps / (UTILISATION * runtime.matmul_speed() * processes.count),
         device=str(runtime.describe()["device"]),
     )
 

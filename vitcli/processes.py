@@ -99,6 +99,9 @@ class Processes:
             ) from error
 
 
+ALONE = Processes()
+
+
 @contextmanager
 def start(timeout: float) -> Iterator[Processes]:
     """The processes that torchrun or Slurm started together with this one; this one alone, if nobody did.
@@ -108,7 +111,7 @@ def start(timeout: float) -> Iterator[Processes]:
     env = _slurm() if "SLURM_PROCID" in os.environ and "RANK" not in os.environ else os.environ
     count = int(env.get("WORLD_SIZE", "1"))
     if count == 1:
-        yield Processes()
+        yield ALONE
         return
     import torch
     import torch.distributed as dist

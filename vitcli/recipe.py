@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 from pydantic.json_schema import GenerateJsonSchema
 
 from vitcli import mistakes, recipe_files, schema, yaml_tree
 from vitcli.data import DataConfig
-from vitcli.errors import RecipeError
+from vitcli.errors import DataError, RecipeError
 from vitcli.model import ViTConfig
 from vitcli.objectives import AnyObjective
 from vitcli.objectives.classify import Classify
@@ -24,6 +24,14 @@ from vitcli.runtime import RuntimeConfig
 from vitcli.schema import Schema, wrong
 from vitcli.trackers import TrackerName
 from vitcli.yaml_tree import Place, Tree
+
+
+class Length(NamedTuple):
+    """Updates in an epoch, which goes without its last partial batch; in all; and in the warm-up."""
+
+    per_epoch: int
+    steps: int
+    warmup: int
 
 
 class Recipe(Schema):
@@ -48,6 +56,15 @@ class Recipe(Schema):
     track: tuple[TrackerName, ...] = Field(  # pyright: ignore[reportInvalidTypeForm]
         (), description="where else the lines of metrics.jsonl go"
     )
+
+    def length(self, images: int) -> Length:
+        """How long training on so many images is. Raises DataError if they do not fill a batch."""
+        if self.batch > images:
+            message = f"a batch of {self.batch} is more than the {images} training images"
+            raise DataError(message, f"take at most --set batch={images}")
+        per_epoch = images // self.batch
+        steps = self.steps or max(1, round((self.epochs or 0) * per_epoch))
+        return Length(per_epoch, steps, self.optim.warmup(per_epoch))
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:

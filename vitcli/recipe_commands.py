@@ -60,7 +60,10 @@ def schema() -> None:
 @recipes.command("keys")
 def list_keys() -> None:
     """Every key of a recipe, with its type, default and meaning."""
+    from vitcli.mistakes import shown
     from vitcli.recipe import keys
 
     for key in keys():
-        print(f"{key.dotted:<30} {key.kind:<40} {key.description}")
+        default = key.default if isinstance(key.default, str) else shown(key.default)
+        default = "required" if key.required else "" if key.kind == "a section" else default
+        print(f"{key.dotted:<30} {key.kind:<40} {default:<20} {key.description}")

@@ -101,12 +101,13 @@ class Run:
 
 
 def create(name: str, path: Path | None = None) -> Run:
-    """A new run folder: `path`, which must not hold a run yet, or runs/NAME, runs/NAME-2, …"""
+    """A new run folder: `path`, which must be new or empty, or runs/NAME, runs/NAME-2, …"""
     for folder in [path] if path else _names(name):
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
-            continue
+            if not (path and path.is_dir() and not any(path.iterdir())):
+                continue
         except OSError as error:
             raise StorageError(f"cannot make the run folder {folder}: {error.strerror}") from error
         return Run(folder)

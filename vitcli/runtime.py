@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from vitcli.errors import RecipeError
 from vitcli.heap import keep_freed
-from vitcli.processes import Processes
+from vitcli.processes import ALONE, Processes
 from vitcli.schema import Schema, wrong
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         return fused_attention(q, k, v, dropout)
 
 
-def start(config: RuntimeConfig, earlier: dict[str, Any] | None = None, processes: Processes | None = None) -> Runtime:
+def start(config: RuntimeConfig, earlier: dict[str, Any] | None = None, processes: Processes = ALONE) -> Runtime:
     """Make every choice that the recipe left open; those of a run that is resumed are taken from `earlier`.
 
     Several processes of one machine share its cores, and take a GPU each.
@@ -185,7 +185,6 @@ def start(config: RuntimeConfig, earlier: dict[str, Any] | None = None, processe
     """
     import torch
 
-    processes = processes or Processes()
     threads = config.threads or max(1, _physical_cores() // processes.neighbours)
     torch.set_num_threads(threads)
     keep_freed()

@@ -22,7 +22,7 @@ from vitcli.data.preprocess import pixels
 from vitcli.data.sources import Dataset
 from vitcli.errors import DataError, NumericsError
 from vitcli.inference import Predictor, TorchPredictor, takes_any_size
-from vitcli.processes import Processes
+from vitcli.processes import ALONE, Processes
 
 
 class Headline(NamedTuple):
@@ -261,7 +261,7 @@ def score(
     workers: int | None = None,
     allow_bad: bool = False,
     on_batch: Callable[[int], None] | None = None,
-    processes: Processes | None = None,
+    processes: Processes = ALONE,
     batches: Iterator[Batch] | None = None,
 ) -> OneLabelScores | MultiLabelScores:
     """Score every image once; classes meet by name. The scores do not depend on `batch`, nor on how many `processes`
@@ -274,7 +274,6 @@ def score(
     columns = torch.tensor(imagenet.match(dataset.classes, predictor.classes))
     seen = columns[torch.from_numpy(np.flatnonzero(dataset.counts))].unique()
     tally = _tally(predictor, dataset, columns, seen)
-    processes = processes or Processes()
     share, double = share_of(len(dataset), processes)
     waiting, bad = 0.0, []
     begin = asked = time.monotonic()

@@ -23,22 +23,19 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
 
     Raises StorageError; then nothing under the final name has changed.
     """
+    from safetensors import SafetensorError
+
     temporary = path.with_name(f".tmp-{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         write(temporary)
         _seal(temporary)
-        replaced = path.with_name(f".del-{path.name}")
-        if path.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            path.rename(replaced)
-        temporary.rename(path)
-        _sync(path.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except Exception as error:  # safetensors has an error of its own for a full disk
-        shutil.rmtree(temporary, ignore_errors=True)
+        _rename(temporary, path)
+    except (OSError, SafetensorError) as error:  # either may say that the disk is full
         raise StorageError(f"cannot write {path}: {error}", "free space or choose another folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:
@@ -96,6 +93,22 @@ def publish(folder: Path) -> None:
     for file in folder.rglob("*"):
         if file.is_file():
             file.chmod(mode)
+
+
+def _rename(folder: Path, path: Path) -> None:
+    """Give a folder its name. One that has it is deleted, or keeps it if this fails."""
+    replaced = path.with_name(f".del-{path.name}")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if path.exists():
+        path.rename(replaced)
+    try:
+        folder.rename(path)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(path)
+        raise
+    _sync(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _seal(folder: Path) -> None:

@@ -5,28 +5,25 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitcli import checkpoint, optim, rng
+from vitcli import checkpoint, optim, rng, rollback
 from vitcli import runtime as runtimes
 from vitcli.checkpoint import Position, Trained
 from vitcli.data.kept import Kept, is_small
-from vitcli.data.loader import epoch_steps, eval_batches, fingerprint, train_batches
+from vitcli.data.loader import eval_batches, fingerprint, train_batches
 from vitcli.data.mix import mix_share, places, targets_of
 from vitcli.data.place import put
 from vitcli.data.preprocess import normalise
 from vitcli.data.sampling import told
-from vitcli.engine import Engine, exact_size
-from vitcli.errors import CheckpointError, DataError
+from vitcli.errors import CheckpointError, DataError, UserError
 from vitcli.inference import TorchPredictor
 from vitcli.memory import MicroBatch
 from vitcli.meter import Meter
-from vitcli.optim import Number
-from vitcli.processes import Processes, plain, whole
+from vitcli.processes import ALONE, Processes, whole
 from vitcli.profiling import profiled
 from vitcli.report.plots import draw_results
 from vitcli.report.progress import Progress
@@ -35,10 +32,9 @@ from vitcli.saver import Saver
 from vitcli.scoring import MultiLabelScores, score, share_of
 from vitcli.stop import Stop, Stopped
 from vitcli.trackers import tracking
+from vitcli.update import Update, at_a_time
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from vitcli.recipe import Recipe
     from vitcli.run import Run
 
@@ -69,7 +65,7 @@ def fit(
     run: Run,
     progress: Progress,
     trained: Trained | None = None,
-    processes: Processes = Processes(),  # noqa: B008 (frozen)
+    processes: Processes = ALONE,
     profile: int = 0,
 ) -> Outcome:
     """Train to the end of the recipe, from where the run folder stands.
@@ -96,13 +92,17 @@ def fit(
             f"the data has {len(classes)} classes, the recipe says {recipe.data.classes}", "mend data.classes"
         )
     recipe.objective.check(multi_label=train_set.multi_label)
-    per_epoch = epoch_steps(train_set, recipe.batch)
-    steps = recipe.steps or max(1, round((recipe.epochs or 0) * per_epoch))
-    warmup = recipe.optim.warmup(per_epoch)
+    per_epoch, steps, warmup = recipe.length(len(train_set))
     if warmup > steps:
         progress.note(f"warning: the warm-up of {warmup} steps is longer than the training of {steps}")
     eval_every = recipe.eval_every or per_epoch
     save_every = recipe.save_every or eval_every
+
+    environment = runtime.describe() | {"data": fingerprint(train_set), "val": fingerprint(val_set)}
+    if earlier:
+        _compare(environment, earlier, progress)
+    else:
+        run.write("env.json", json.dumps(environment, indent=1))
 
     runtimes.seed(rng.torch_seed(recipe.seed, Stream.INIT))
     if trained and not found:
@@ -116,7 +116,6 @@ def fit(
     for note in (*train_set.notes, *val_set.notes, *balance):
         progress.note(note)
     module = runtime.prepare(recipe.objective.build(model, counts))
-    engine = Engine(module, processes, recipe.runtime.shard, recipe.runtime.exact, runtime.device)
     optimizer = optim.build(recipe.optim, module)
     average = optim.Average(module, recipe.optim.ema) if recipe.optim.ema else None
     position = checkpoint.resume(found, module, optimizer, average) if found else Position()
@@ -124,16 +123,17 @@ def fit(
         position.thresholds = [0.5] * len(classes)
     run.rewind_log(position.log_bytes)
 
-    environment = runtime.describe() | {"data": fingerprint(train_set), "val": fingerprint(val_set)}
-    _compare(environment, earlier, progress)
-    run.write("env.json", json.dumps(environment, indent=1))
+    rigid = bool(recipe.runtime.exact) or (processes.count > 1 and recipe.runtime.shard == "fsdp")
+    size = at_a_time(recipe, processes, position.micro_batch)
+    micro_batch = MicroBatch(size, position, processes, rigid, progress.note)
+    update = Update(recipe, module, optimizer, average, runtime, processes, micro_batch)
+
     predictor = TorchPredictor(module.model, classes, recipe.data.preprocessing, runtime, origin=str(run.path))
     held_out = Kept(
-        partial(
-            eval_batches,
+        lambda: eval_batches(
             recipe.data.preprocessing,
             val_set,
-            batch=len(share),
+            batch=micro_batch.size,
             workers=recipe.data.workers,
             share=share_of(len(val_set), processes)[0],
             device=runtime.device,
@@ -147,7 +147,8 @@ def fit(
             scores = score(
                 predictor,
                 val_set,
-                batch=len(share),
+                batch=micro_batch.size,
+                allow_bad=True,
                 on_batch=stop.check if processes.count == 1 else None,
                 processes=processes,
                 batches=held_out(),
@@ -158,6 +159,8 @@ def fit(
                 position.best_score, position.best_step = scores.headline.value, position.step
                 save_model("best")
         position.scored_step = position.step
+        for bad in scores.bad:
+            progress.note(f"warning: not scored: {bad}")
         run.log(step=position.step, **scores.logged)
         _, measure, value = scores.headline
         progress.scored(position.step, scores.loss, measure, value, best=position.best_step == position.step)
@@ -180,6 +183,18 @@ def fit(
         if processes.first:
             saver.begin(write)
 
+    def roll_back() -> None:
+        """Take the weights of the last good checkpoint; the step, and so the images, go on."""
+
+        def find() -> Path:
+            saver.wait()
+            return rollback.target(run.checkpoints, position, save_every, steps)
+
+        good = checkpoint.resume(processes.of_first(find), module, optimizer, average)
+        position.skipped_in_a_row, position.rollbacks = 0, position.rollbacks + 1
+        run.log(step=position.step, rolled_back_to=good.step)
+        progress.note(f"warning: skipped too often: back to the weights of step {good.step}, on with other images")
+
     def save_model(name: str) -> None:
         state, here = whole(module.model.state_dict()), replace(position)
         if processes.first:
@@ -197,46 +212,12 @@ def fit(
         neighbours=processes.neighbours,
         device=runtime.device,
     )
-    rigid = bool(recipe.runtime.exact) or (processes.count > 1 and recipe.runtime.shard == "fsdp")
-    micro_batch = MicroBatch(_at_a_time(recipe, position, processes), position, processes, rigid, progress.note)
 
-    def seed(part: int) -> None:
-        """Let the model's chance in a part of this process's share follow from the step and the part's place."""
-        first = processes.rank * -(-len(share) // micro_batch.size)
-        runtimes.seed(rng.torch_seed(recipe.seed, Stream.MODEL, position.step, first + part))
-
-    def learn(
-        images: Tensor, targets: Tensor, lr: Number, share_of_new: Number
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """One update of the weights and their average: the objective's scalars, the gradient's norm, is it finite."""
-        means: dict[str, Tensor] = {}
-        for attempt in micro_batch.attempts():
-            with attempt:
-                losses, means = {}, {}  # a failed attempt's losses hold what its backward pass needed
-                if attempt.again:
-                    module.zero_grad()
-                for index, part in enumerate(parts := _micro_batches(images, targets, micro_batch.size)):
-                    if index or attempt.again:
-                        seed(index)
-                    weight = len(part["images"]) / len(share)
-                    with engine.part(last=attempt.final and index == len(parts) - 1):
-                        with runtime.autocast():
-                            losses = engine.forward(part)
-                        (losses["loss"] * weight).backward()
-                    for name, value in losses.items():
-                        means[name] = means.get(name, 0.0) + value.detach() * weight
-        norm = optim.clip(module, recipe.optim.clip)
-        finite = norm.isfinite()
-        optim.update(optimizer, lr, finite)
-        if average:
-            average.update(share_of_new, finite)
-        return means, plain(norm), plain(finite)
-
-    recorded = runtime.recorded(learn)
+    trackers = recipe.track if processes.first else ()
     with (
         Stop() as stop,
         Saver() as saver,
-        tracking(recipe.track if processes.first else (), run.path, position.step, recipe.model_dump()) as run.track,
+        tracking(trackers, run.path, position.step, recipe.model_dump(), progress.note) as run.track,
         profiled(run.path / "profile", profile * processes.first, runtime.device, progress.note) as profile_step,
         micro_batch.errors(),
         processes.errors(lambda: f"after step {position.step}"),
@@ -245,15 +226,22 @@ def fit(
         meter = Meter(position, processes)
         module.train()
         while True:
-            stop.signal = processes.largest(stop.signal or 0) or None
+            ending = processes.largest(stop.signal or 0)  # at the same step in all; a signal may come meanwhile
             if _due(position.step, eval_every, steps) and position.scored_step < position.step:
-                with suppress(Stopped):  # the checkpoint then says that this score is still owed
-                    evaluate()
-                    saved = min(saved, position.step - 1)  # a checkpoint that owes this score is written again
-            if saved < position.step and (position.step == 0 or stop.signal or _due(position.step, save_every, steps)):
-                save()
+                with meter.paused():
+                    try:
+                        evaluate()
+                        saved = min(saved, position.step - 1)  # a checkpoint that owes this score is written again
+                    except Stopped:
+                        pass  # the checkpoint then says that this score is still owed
+                    except UserError:
+                        save()
+                        raise
+            if saved < position.step and (position.step == 0 or ending or _due(position.step, save_every, steps)):
+                with meter.paused():
+                    save()
                 saved = position.step
-            if stop.signal or position.step == steps:
+            if ending or position.step == steps:
                 break
             saver.check()
 
@@ -269,22 +257,21 @@ def fit(
             images, targets = mix_share(images, targets, len(share), recipe.data.augment, chance)
 
             lr = optim.learning_rate(recipe.optim, step, steps, warmup)
-            seed(0)
-            update = recorded if micro_batch.size == recipe.batch else learn
-            losses, norm, finite = update(images, targets, lr, average.share(step) if average else 0.0)
-            meter.add(step, len(share), losses, norm, finite)
+            meter.add(step, len(share), update(step, images, targets, lr))
             position.step = step + 1
 
             profile_step()
             progress.step(position.step)
             if position.step % recipe.log_every == 0 or position.step == steps:
                 settle()
+                if rollback.is_due(position):
+                    roll_back()
                 values = meter.read()
                 run.log(step=position.step, epoch=round(position.step / per_epoch, 4), lr=lr, **values)
                 if "loss" in values:
                     progress.log(position.step, lr=lr, **values)
 
-        if not stop.signal:
+        if not ending:
             with _averaged(average):
                 save_model("last")
 
@@ -301,27 +288,13 @@ def fit(
         skipped=position.skipped,
         balance=balance,
         seconds=time.monotonic() - begin,
-        signal=stop.signal,
+        signal=ending or None,
         first=processes.first,
     )
 
 
 def _due(step: int, every: int, steps: int) -> bool:
     return step > 0 and (step % every == 0 or step == steps)
-
-
-def _at_a_time(recipe: Recipe, position: Position, processes: Processes) -> int:
-    """Images that go through the model at a time, as the recipe says, or as memory held them before."""
-    if recipe.runtime.exact:
-        return exact_size(recipe.runtime.exact, recipe.batch, processes)
-    size = position.micro_batch or recipe.runtime.micro_batch or recipe.batch
-    return min(size, len(processes.share(recipe.batch)))
-
-
-def _micro_batches(images: Tensor, targets: Tensor, size: int) -> list[dict[str, Tensor]]:
-    """Parts of a batch that fit into memory."""
-    pairs = zip(images.split(size), targets.split(size), strict=True)
-    return [{"images": images, "targets": targets} for images, targets in pairs]
 
 
 @contextmanager
@@ -338,8 +311,6 @@ def _averaged(average: optim.Average | None) -> Iterator[None]:
 
 def _compare(environment: dict[str, Any], earlier: dict[str, Any], progress: Progress) -> None:
     """Refuse to resume on other data; say where bits may differ."""
-    if not earlier:
-        return
     for key in ("data", "val"):
         if environment[key] != earlier[key]:
             raise CheckpointError(

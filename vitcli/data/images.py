@@ -51,6 +51,9 @@ class BadImage(DataError):  # noqa: N818 (it names the image, too)
         super().__init__(f"{_printable(path)}: {_printable(reason)}", hint)
         self.path, self.reason = path, reason
 
+    def __reduce__(self) -> tuple[type[BadImage], tuple[str, str, str]]:
+        return BadImage, (self.path, self.reason, self.hint)
+
 
 def decode(source: str | os.PathLike[str] | bytes, name: str = "image") -> Image.Image:
     """The image of a file, or of a file's bytes, which `name` then stands for in messages.

@@ -37,14 +37,6 @@ MOST_WORKERS = 16  # beyond, handing over costs more than another process brings
 CPU = torch.device("cpu")
 
 
-def epoch_steps(dataset: Dataset, batch: int) -> int:
-    """Updates in an epoch, without the last partial batch. Raises DataError if there is not one."""
-    if batch > len(dataset):
-        message = f"a batch of {batch} is more than the {len(dataset)} training images"
-        raise DataError(message, f"take at most --set batch={len(dataset)}")
-    return len(dataset) // batch
-
-
 def fingerprint(dataset: Dataset) -> str:
     """SHA-256 of class names, labels and the images' relative names: equal for the same data set elsewhere."""
     digest = hashlib.sha256(json.dumps(dataset.classes).encode())
@@ -71,9 +63,8 @@ def train_batches(
     They are made on the `device`, on CUDA ahead of their turn; for devices without float64 on the CPU. `places` are
     those of the batch to load, in their order, where other processes load the rest; `neighbours` of them share this
     machine. A batch in which broken images were replaced has "bad" too, a list of BadImage. Raises BadImage where none
-    may be replaced, and DataError beyond the share that may, if `batch` is too large, or if a loader process is killed.
+    may be replaced, and DataError beyond the share that may, or if a loader process is killed.
     """
-    epoch_steps(dataset, batch)
     places = range(batch) if places is None else places
     count = len(places) * (steps - start)
     workers = _workers(data.workers, _is_easy(dataset, data.res), count, neighbours)

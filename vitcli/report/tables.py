@@ -129,15 +129,14 @@ def _marked(finding: Finding) -> str:
 def plan_lines(plan: Plan, recipe: Recipe) -> Iterator[str]:
     """What a training would take."""
     height, width = recipe.data.res
-    at_a_time = recipe.runtime.micro_batch or recipe.batch
     hours = plan.seconds / 3600
     time = f"{hours:,.1f} h" if hours >= 1 else f"{plan.seconds:,.0f} s"
     name = recipe.model.variant or "custom"
     yield f"model     {name}, {plan.parameters / 1e6:,.2f} M parameters, {plan.classes:,} classes"
     yield f"image     {height}x{width}, {plan.tokens} tokens, {plan.gflops:,.2f} GFLOPs forward"
     yield f"training  {plan.steps:,} steps of {recipe.batch:,} images, {plan.epochs:.4g} epochs of {plan.images:,}"
-    yield f"memory    about {plan.memory / 2**30:,.1f} GiB for {at_a_time:,} images at a time"
-    yield f"time      about {time} on {plan.device}"
+    yield f"memory    about {plan.memory / 2**30:,.1f} GiB for {plan.at_a_time:,} images at a time"
+    yield f"time      about {time} on {plan.device}{f', {plan.processes} of them' if plan.processes > 1 else ''}"
 
 
 def outcome_lines(outcome: Outcome) -> Iterator[str]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -40,21 +41,33 @@ def require(names: Iterable[str]) -> None:
 
 @contextmanager
 def tracking(
-    names: Iterable[str], run: Path, step: int, recipe: Mapping[str, Any]
+    names: Iterable[str], run: Path, step: int, recipe: Mapping[str, Any], tell: Callable[[str], None]
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Gives what is to be called with each line of metrics.jsonl of a run that stands at `step`."""
-    with ExitStack() as stack:
-        trackers: list[Tracker] = []
+    """Gives what is to be called with each line of metrics.jsonl of a run that stands at `step`.
+
+    A tracker that fails later on gets no more lines, and `tell` says so to a person: training goes on.
+    """
+    trackers: dict[str, Tracker] = {}
+
+    def attempt(name: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # whatever a tracker's package may raise
+            trackers.pop(name)
+            tell(f"warning: {name} takes no more of this run's numbers, which metrics.jsonl has: {error}")
+
+    def log(row: Mapping[str, Any]) -> None:
+        values = {key: value for key, value in row.items() if key != "step" and isinstance(value, int | float)}
+        for name, tracker in list(trackers.items()) if values else ():
+            attempt(name, partial(tracker.log, row["step"], values))
+
+    try:
         for name in names:
-            trackers.append(FOUND[name].begin(run, _mark(run), step, recipe))
-            stack.callback(trackers[-1].close)
-
-        def log(row: Mapping[str, Any]) -> None:
-            values = {key: value for key, value in row.items() if key != "step" and isinstance(value, int | float)}
-            for tracker in trackers if values else ():
-                tracker.log(row["step"], values)
-
+            trackers[name] = FOUND[name].begin(run, _mark(run), step, recipe)
         yield log
+    finally:
+        for name, tracker in list(trackers.items()):
+            attempt(name, tracker.close)
 
 
 def _mark(run: Path) -> str:

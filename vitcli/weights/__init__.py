@@ -15,7 +15,7 @@ the same tensors to the bit; it raises CheckpointError with the part of a model 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vitcli.errors import CheckpointError
@@ -57,12 +57,11 @@ class Beside:
 
     `config` and `preprocessor` are the folder's config.json (open_clip_config.json for a file of open_clip) and
     preprocessor_config.json, {} where there is none or the file's name does not belong to such a folder. `metadata` is
-    what the header of a .safetensors says. `heads` is what a person said of a file that does not tell.
+    what the header of a .safetensors says.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
     preprocessor: dict[str, Any] = field(default_factory=dict)
-    heads: int | None = None
     metadata: dict[str, str] = field(default_factory=dict)
 
 
@@ -92,19 +91,17 @@ def is_folder(path: Path) -> bool:
     return any((path / name).is_file() for name in NAMES)
 
 
-def load(path: Path, heads: int | None = None) -> Foreign:
+def load(path: Path) -> Foreign:
     """Read an .npz, .safetensors or PyTorch file, or a folder of transformers or timm, of a known format.
 
-    `heads` is for files that do not tell the number of attention heads, where the usual one is wrong. Raises
-    CheckpointError with what was found and what was expected.
+    Raises CheckpointError with what was found and what was expected.
     """
     from vitcli.weights import _files
 
     try:
-        beside = replace(_files.read_beside(path), heads=heads)
         tensors = Tensors(_files.read_tensors(path))
-        foreign = _read(tensors, beside)
-        _settle(foreign, tensors, heads)
+        foreign = _read(tensors, _files.read_beside(path))
+        _settle(foreign, tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}", error.hint) from error.__cause__
     return foreign
@@ -129,7 +126,7 @@ def _read(tensors: Tensors, beside: Beside) -> Foreign:
         raise CheckpointError(f"a tensor of what looks like a {found[0]} file has a wrong shape: {what}") from error
 
 
-def _settle(foreign: Foreign, rest: Tensors, heads: int | None) -> None:
+def _settle(foreign: Foreign, rest: Tensors) -> None:
     """Bring the state into its final form. It must be the model's by name and shape, finite, and all of the file."""
     import torch
 
@@ -141,8 +138,6 @@ def _settle(foreign: Foreign, rest: Tensors, heads: int | None) -> None:
         raise CheckpointError(f"it names {len(foreign.classes)} classes, and its head has {foreign.head_classes}")
     if foreign.thresholds and len(foreign.thresholds) != foreign.head_classes:
         raise CheckpointError(f"it has {len(foreign.thresholds)} thresholds for {foreign.head_classes} classes")
-    if heads and heads != foreign.config.heads:
-        raise CheckpointError(f"the file has {foreign.config.heads} heads, not {heads}", "leave out heads")
     if missing := expected.keys() - foreign.state.keys():
         raise CheckpointError(f"missing from what looks like a {foreign.format} file: {_some(missing)}")
     if unexpected := set(rest) | (foreign.state.keys() - expected.keys()):

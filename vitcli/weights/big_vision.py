@@ -49,7 +49,7 @@ def read(tensors: Tensors, beside: Beside) -> Foreign:
     whole, tower = prefix.removesuffix("img/"), prefix.endswith("img/")
     keep(tensors, prefix, f"{TRAINING}|{whole}{TEXT}" if tower else TRAINING)
     _unstack(tensors)
-    heads = count_heads(tensors) or beside.heads
+    heads = count_heads(tensors)
     state = _read_map(tensors) or _read_class_token(tensors)
     state |= _read_positions(tensors, state) | read_encoder(tensors)
 

@@ -109,7 +109,7 @@ def read(tensors: Tensors, beside: Beside) -> Foreign:
     width, size = state["patch_embed.proj.weight"].shape[0], vision.image_size
     architecture, embedding, image_size = infer(
         state,
-        beside.heads or (width // vision.head_width if vision.head_width else None),
+        (width // vision.head_width if vision.head_width else None),
         (size, size) if isinstance(size, int) else size,
         pool="gap" if vision.pool_type == "avg" else "token",
         activation="quick_gelu" if openai or model.quick_gelu else "gelu",

@@ -66,7 +66,7 @@ def read(tensors: Tensors, beside: Beside) -> Foreign:
     """Weights, with the heads that the shapes tell, and what `write` said besides."""
     keep(tensors, PREFIX, "opt/")
     said = _said(tensors)
-    heads = count_heads(tensors) or beside.heads
+    heads = count_heads(tensors)
     state = read_encoder(tensors)
     units = [count(tensors, f"block{stage + 1}/unit") for stage in range(count(tensors, "block"))]
     for theirs, ours in _stem(units) if "conv_root/kernel" in tensors else ():

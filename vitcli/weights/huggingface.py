@@ -131,7 +131,7 @@ def read(tensors: Tensors, beside: Beside) -> Foreign:
     _fit(state, family, found)
 
     conventions = found.conventions(family)
-    config, classes, image_size = infer(state, found.num_attention_heads or beside.heads, found.sides, **conventions)
+    config, classes, image_size = infer(state, found.num_attention_heads, found.sides, **conventions)
     pixels = _pixels(found, beside, FAMILIES[family].pixels(image_size))
     foreign = Foreign(
         format="huggingface",

@@ -57,7 +57,7 @@ def read(tensors: Tensors, beside: Beside) -> Foreign:
     add_zero_biases(state, "attn.qkv", "patch_embed.proj")
     config, classes, image_size = infer(
         state,
-        beside.heads or _heads(state),
+        _heads(state),
         pool="gap" if "fc_norm.weight" in state or "cls_token" not in state else "token",
         activation="gelu",
         posemb_resize="bicubic",

@@ -57,7 +57,7 @@ def plain(format: str, tensors: Tensors, beside: Beside, posemb_resize: str, cro
         **({"pool": "gap"} if "fc_norm.weight" in state else {}),
         **told.conventions(),
     }
-    config, classes, image_size = _infer(state, told.heads or beside.heads, told.image_size, conventions)
+    config, classes, image_size = _infer(state, told.heads, told.image_size, conventions)
     return Foreign(format, config, state, classes, image_size, told.preprocessing(image_size), told.names(classes))
 
 

@@ -56,7 +56,7 @@ def read(tensors: Tensors, beside: Beside) -> Foreign:
     told = _told(beside.metadata)
     state = rename(tensors, NAMES | OLDER | REPLACED_HEAD)
     config, head_classes, image_size = infer(
-        state, beside.heads or (told and told.heads), activation="gelu", posemb_resize="bicubic_corners"
+        state, told and told.heads, activation="gelu", posemb_resize="bicubic_corners"
     )
     preprocessing = told.preprocessing if told else _preprocessing(image_size[0], config.width, config.patch)
     return Foreign(

@@ -66,8 +66,11 @@ class Shards(Source):
     def splits(self) -> tuple[Split, ...]:
         """Those that have shards, or a share."""
         held_out = not isinstance(self.val, str) or bool(self._find(self.val))
-        found: dict[Split, bool] = {"train": bool(self._find(self.train)), "val": held_out}
-        return tuple(split for split, there in found.items() if there)
+        there = {"train": bool(self._find(self.train)), "val": held_out}
+        found: tuple[Split, ...] = tuple(split for split in ("train", "val") if there[split])
+        if not found:
+            raise DataError(f"{self.path!r} has no shards {self.train!r} and no {self.val!r}", _NAME_THEM)
+        return found
 
     @property
     def remote(self) -> bool:
@@ -77,7 +80,8 @@ class Shards(Source):
     def _open(self, pattern: str, classes: Classes | None = None) -> Packed:
         shards = self._find(pattern)
         if not shards:
-            raise DataError(f"{self.path!r} has no shards {pattern!r}", "name them: --set data.source.train='*.tar'")
+            hint = _NAME_THEM if pattern == self.train else "hold out a tenth of each class: --set data.source.val=0.1"
+            raise DataError(f"{self.path!r} has no shards {pattern!r}", hint)
         index = self._index(shards)
         lost = self._lost(shards, index)
         if not len(index["codes"]):
@@ -247,6 +251,7 @@ class Classes(NamedTuple):
     numbered: bool
 
 
+_NAME_THEM = "name them: --set data.source.train='*.tar'"
 _CLASS_TARS = "labels are key.cls or key.json beside key.jpg; tars of one class each: --set data.source.class_tars=true"
 
 

@@ -34,9 +34,7 @@ class Table(Source):
     root: str | None = Field(None, description="the folder that paths start from; null: the table's")
     image: str = Field("image", description="the column of paths or bytes")
     label: str = Field("label", description="the column of labels")
-    separator: str | None = Field(
-        None, description="what stands between the labels of an image, as |; null: one label"
-    )
+    separator: str | None = Field(None, description="what stands between the labels of an image, as |; null: one label")
 
     @model_validator(mode="after")
     def _check(self) -> Table:
