@@ -208,6 +208,17 @@ def test_a_signal_that_comes_while_processes_agree_is_not_lost(vit, tmp_path, mo
     assert "after step 3 of 9, which is saved" in said.err
 
 
+@pytest.mark.parametrize("exact", [(), ("runtime.exact=8",)])
+def test_a_linear_probe_trains_the_head_alone(vit, run, tmp_path, exact):
+    probe = sets("optim.freeze=true", "steps=6", "batch=64", "optim.warmup_steps=1", "runtime.precision=fp32", *exact)
+    said = vit("finetune", "--ckpt", run, "--data", "digits", "--res", "8", *probe, "--run", tmp_path / "run")
+    assert said.code == 0, said.err
+    before, after = (load_file(place / "model.safetensors") for place in (run / "best", tmp_path / "run/last"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}  # as transformers calls the head
+
+
 def test_a_run_folder_is_never_overwritten(vit, run, tmp_path):
     said = vit("pretrain", "quickstart", "--run", run)
     assert said.code == 4

@@ -97,6 +97,27 @@ def test_weight_decay_shrinks_kernels_and_nothing_else(name):
         assert torch.equal(parameter, expected), key
 
 
+def test_layer_decay_is_that_of_mae_which_counts_the_last_norm_to_the_head_and_else_of_timm():
+    theirs = pytest.importorskip("timm").create_model("vit_tiny_patch16_224", depth=3)
+    groups = pytest.importorskip("timm.optim").param_groups_layer_decay(theirs, layer_decay=0.5)
+    names = {id(parameter): name for name, parameter in theirs.named_parameters()}
+    expected = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+
+    ours = ViTConfig.parse({"width": 16, "depth": 3, "mlp_dim": 32, "heads": 2, "patch": 4}).build(5, (8, 8))
+    names = {id(parameter): name for name, parameter in ours.named_parameters()}
+    optimizer = optim.build(OptimConfig.parse({"name": "sgd", "momentum": 0.0, "layer_decay": 0.5}), ours)
+    shares = {names[id(p)]: group["share"] for group in optimizer.param_groups for p in group["params"]}
+    assert shares == expected | {"norm.weight": 1.0, "norm.bias": 1.0}
+    assert (shares["pos_embed"], shares["blocks.0.norm1.weight"], shares["head.bias"]) == (0.0625, 0.125, 1.0)
+
+    before = {name: parameter.detach().clone() for name, parameter in ours.named_parameters()}
+    for parameter in ours.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optim.update(optimizer, 0.1, FINITE)
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter, before[name] - 0.1 * shares[name])
+
+
 def network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()

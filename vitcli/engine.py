@@ -65,7 +65,7 @@ class Engine:
 
     def _add(self) -> None:
         """Take a part's gradients, and add every two sums of equally many parts."""
-        level, sums = 0, [_take(p) for p in self.module.parameters()]
+        level, sums = 0, [_take(p) for p in self._trained()]
         while self._sums and self._sums[-1][0] == level:
             _, before = self._sums.pop()
             level, sums = level + 1, [a + b for a, b in zip(before, sums, strict=True)]
@@ -85,8 +85,11 @@ class Engine:
             while len(found) > 1:
                 found = [a + b for a, b in zip(found[::2], found[1::2], strict=True)]
             sums = [p.view_as(s) for p, s in zip(found[0].split([s.numel() for s in sums]), sums, strict=True)]
-        for parameter, tensor in zip(self.module.parameters(), sums, strict=True):
+        for parameter, tensor in zip(self._trained(), sums, strict=True):
             parameter.grad = tensor / self._processes.count
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
 
 def exact_size(parts: int, batch: int, processes: Processes) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING, Literal, Union
 
 from pydantic import Field, PositiveInt, model_validator
@@ -40,6 +41,8 @@ class OptimConfig(Schema):
     beta2: float = Field(0.999, ge=0, lt=1, description="adam")
     eps: float = Field(1e-8, gt=0, description="adam")
     clip: float | None = Field(1.0, gt=0, description="largest norm of the whole gradient; null: no clipping")
+    layer_decay: float = Field(1.0, gt=0, le=1, description="a block's learning rate, as a share of the next block's")
+    freeze: bool = Field(False, description="train the head alone: a linear probe")
     ema: float | None = Field(None, gt=0, lt=1, description="decay of a moving average of the weights, scored and kept")
 
     @model_validator(mode="after")
@@ -96,16 +99,42 @@ def is_kernel(name: str, parameter: Tensor) -> bool:
     return name.endswith("weight") and parameter.ndim > 1
 
 
+def freeze(model: nn.Module) -> None:
+    """Leave only the head to be trained."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(("head.", "head_dist.")))
+
+
+def layer(name: str, depth: int) -> int:
+    """Where a parameter stands: 0 before the first of `depth` blocks, 1 to `depth` in one, depth + 1 behind them.
+
+    Source: util/lr_decay.py of facebookresearch/mae, after BEiT (arXiv 2106.08254).
+    """
+    if block := _block(name):
+        return block
+    first = ("patch_embed.", "cls_token", "dist_token", "reg_token", "pos_embed", "norm_pre.")
+    return 0 if name.removeprefix("model.").startswith(first) else depth + 1
+
+
+def _block(name: str) -> int:
+    """The number of the block that a parameter is in, from 1, or 0."""
+    found = re.search(r"\bblocks\.(\d+)\.", name)
+    return int(found[1]) + 1 if found else 0
+
+
 def build(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser over all parameters of `module`, kernels and the rest in groups of their own."""
+    """The optimiser over the parameters of `module` that are trained, in groups of one decay and one share of the
+    learning rate."""
     import torch
 
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in named if is_kernel(name, p)], "decay": config.weight_decay},
-        {"params": [p for name, p in named if not is_kernel(name, p)], "decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    depth = max((_block(name) for name, _ in module.named_parameters()), default=0)
+    together: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in sorted(named, key=lambda pair: not is_kernel(*pair)):
+        decay = config.weight_decay if is_kernel(name, parameter) else 0.0
+        share = config.layer_decay ** (depth + 1 - layer(name, depth))
+        together.setdefault((decay, share), []).append(parameter)
+    groups = [{"params": own, "decay": decay, "share": share} for (decay, share), own in together.items()]
     # Momentum starts at zero here, since torch's would start at random if the first update were skipped.
     # Decay is applied by `update`, the same way for both, so the optimisers themselves are told of none.
     if config.name == "adam":
@@ -127,7 +156,8 @@ def clip(module: nn.Module, norm: float | None) -> Tensor:
 
 
 def update(optimizer: torch.optim.Optimizer, lr: Number, finite: Tensor) -> None:
-    """One update with learning rate `lr`: decay the kernels by lr x weight decay, then step on the gradients.
+    """One update with learning rate `lr`, of which a group has its share: decay the kernels by learning rate x weight
+    decay, then step on the gradients.
 
     Where `finite`, a scalar, is false, nothing changes but that the gradients are gone. The device decides: this
     process need not wait for it.
@@ -135,9 +165,10 @@ def update(optimizer: torch.optim.Optimizer, lr: Number, finite: Tensor) -> None
     import torch
 
     for group in optimizer.param_groups:
-        group["lr"] = lr if isinstance(lr, int | float) else lr.float()
+        own = lr * group["share"]
+        group["lr"] = own if isinstance(own, int | float) else own.float()
         if group["decay"]:
-            kept = _either(finite, 1 - lr * group["decay"], 1.0, group["params"][0])
+            kept = _either(finite, 1 - own * group["decay"], 1.0, group["params"][0])
             with torch.no_grad():
                 torch._foreach_mul_(group["params"], kept)  # pyright: ignore[reportPrivateImportUsage]
     optimizer.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue] (what GradScaler sets)

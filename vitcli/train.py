@@ -115,6 +115,8 @@ def fit(
     balance = told(train_set, recipe.data.sampling, recipe.data.repeat_threshold) + recipe.objective.notes(counts)
     for note in (*train_set.notes, *val_set.notes, *balance):
         progress.note(note)
+    if recipe.optim.freeze:
+        optim.freeze(model)
     module = runtime.prepare(recipe.objective.build(model, counts))
     optimizer = optim.build(recipe.optim, module)
     average = optim.Average(module, recipe.optim.ema) if recipe.optim.ema else None
