@@ -484,7 +484,7 @@ def test_check_counts_images_of_none_and_finds_conflicts(vit, folder, marks, tmp
     (folder / "c.csv").write_text("image,label\nimages/000.png,a|b\nimages/same.png,b|a\nimages/001.png,\n")
     said = vit("data", "check", "c.csv", "--separator", "|", "--jobs", 1)
     assert said.code == 0, said.err
-    assert "train\t3 images, 2 classes of 2 to 2, 1 images of none" in said.out
+    assert "train\t3 images, 2 classes of 2 to 2, 1 without a label" in said.out
     assert "same bytes\t1" in said.out
     with (folder / "c.csv").open("a") as file:
         file.write("images/other.png,a\n")

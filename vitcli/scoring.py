@@ -264,8 +264,8 @@ def score(
     processes: Processes = ALONE,
     batches: Iterator[Batch] | None = None,
 ) -> OneLabelScores | MultiLabelScores:
-    """Score every image once; classes meet by name. The scores do not depend on `batch`, nor on how many `processes`
-    share the images.
+    """Score every image once; classes meet by name. It does not matter how large a `batch` is, nor how many
+    `processes` share the images.
 
     `batches` are those of `eval_batches` with this process's `share_of` the images, where the caller keeps them.
     `on_batch` is told how many images are done. Raises DataError for a class that the model does not know, and for

@@ -22,7 +22,7 @@ def lines(check: Check) -> Iterator[str]:
     """A summary, with the first findings of each kind."""
     for split, count in check.images.items():
         sizes = sorted(check.classes[split].values())
-        bare = f", {check.unlabelled[split]:,} images of none" if split in check.unlabelled else ""
+        bare = f", {check.unlabelled[split]:,} without a label" if split in check.unlabelled else ""
         yield f"{split}\t{count:,} images, {len(sizes):,} classes of {sizes[0]:,} to {sizes[-1]:,}{bare}"
     for name, counts in (("modes", check.modes), ("formats", check.formats)):
         yield f"{name}\t{', '.join(f'{kind} {count:,}' for kind, count in counts.items())}"
