@@ -12,12 +12,12 @@ import torch
 from onnx import TensorProto, helper
 from PIL import Image
 
-from vitcli import exporters, inference
+from vitcli import exporters, inference, scoring
 from vitcli.data import Preprocessing
 from vitcli.data.images import decode
 from vitcli.data.preprocess import normalise, prepare
 from vitcli.data.sources.folder import Folder
-from vitcli.errors import CheckpointError
+from vitcli.errors import CheckpointError, DataError
 from vitcli.exporters import _image_graph
 from vitcli.onnx_model import OnnxPredictor
 
@@ -156,7 +156,7 @@ def test_every_file_scores_and_names_alike(tmp_path, pictures):
         predictor = classifier(tmp_path / "model.onnx", preprocess, softmax)
         found = inference.predict(predictor, [*paths, str(tmp_path / "none.png")], batch=3)
         answers.append([[(guess.id, round(guess.probability, 5)) for guess in answer.top] for answer in found])
-        score = inference.score(predictor, Folder.parse({"path": str(pictures)}).open_for_scoring(), batch=3, workers=0)
+        score = scoring.score(predictor, Folder.parse({"path": str(pictures)}).open_for_scoring(), batch=3, workers=0)
         scores.append((score.images, score.top1, score.top5))
     assert all(answer == answers[0] for answer in answers)
     assert scores == [(16, 1.0, 1.0)] * 6
@@ -171,7 +171,7 @@ def test_the_graphs_own_resize_is_what_is_scored(tmp_path, pictures, monkeypatch
     monkeypatch.setattr(
         predictor, "logits", lambda images: seen.append(images.shape[2:]) or torch.zeros(len(images), 2)
     )
-    inference.score(predictor, Folder.parse({"path": str(pictures)}).open_for_scoring(), batch=4, workers=0)
+    scoring.score(predictor, Folder.parse({"path": str(pictures)}).open_for_scoring(), batch=4, workers=0)
     list(inference.predict(predictor, inference.find_images([str(pictures)])))
     assert {tuple(size) for size in seen} == {(40, 30), (30, 40), (16, 16), (9, 5)}
 
@@ -180,11 +180,11 @@ def test_broken_images_are_told_by_a_file_that_resizes_too(tmp_path, pictures):
     (pictures / "dark" / "00.png").write_bytes(b"no image")
     predictor = classifier(tmp_path / "model.onnx", "full")
     dataset = Folder.parse({"path": str(pictures)}).open_for_scoring()
-    scores = inference.score(predictor, dataset, batch=4, workers=0, allow_bad=True)
+    scores = scoring.score(predictor, dataset, batch=4, workers=0, allow_bad=True)
     assert scores.images == 15
     assert len(scores.bad) == 1
-    with pytest.raises(inference.DataError, match=r"00\.png"):
-        inference.score(predictor, dataset, batch=4, workers=0)
+    with pytest.raises(DataError, match=r"00\.png"):
+        scoring.score(predictor, dataset, batch=4, workers=0)
 
 
 def test_probabilities_of_nothing_are_no_infinity(tmp_path):

@@ -22,10 +22,11 @@ from vitcli.data.sources import Dataset
 from vitcli.data.sources.folder import Folder
 from vitcli.errors import CheckpointError, DataError, NumericsError, UserError
 from vitcli.exporters import onnx as to_onnx
-from vitcli.inference import Answer, Guess, find_images, open_predictor, predict, score, torch_predictor
+from vitcli.inference import Answer, Guess, find_images, open_predictor, predict, torch_predictor
 from vitcli.model import ViTConfig
 from vitcli.report import tables
 from vitcli.runtime import RuntimeConfig
+from vitcli.scoring import score
 
 NAMES = tuple("abcdefghij")
 RES = Preprocessing(res=(8, 8))
@@ -54,6 +55,8 @@ class Numbered(Dataset):
 
 class Table:
     """A predictor that looks the answer for an image up by its grey level."""
+
+    thresholds = None
 
     def __init__(self, logits, classes=NAMES):
         self.table, self.classes = torch.as_tensor(logits, dtype=torch.float32), tuple(classes)

@@ -53,7 +53,7 @@ def test_balanced_shows_each_class_equally_often_and_no_image_much_more_than_ano
 
 
 def test_repeat_factors_are_those_of_lvis(dataset):
-    factors = repeat_factors(dataset.labels, 0.1)
+    factors = repeat_factors(dataset, 0.1)
     assert factors == pytest.approx([1, 1, (0.1 / 0.09) ** 0.5, (0.1 / 0.009) ** 0.5, 10])
     shown = np.mean([np.bincount(epoch(dataset, "repeat_factor", seed, 0.1), minlength=1000) for seed in range(200)], 0)
     by_class = np.array([shown[dataset.labels == label].mean() for label in range(5)])

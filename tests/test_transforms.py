@@ -14,7 +14,7 @@ from vitcli import rng
 from vitcli.data import Augment, DataConfig, Preprocessing, randaugment
 from vitcli.data.augment import augment, color_jitter, crop, erase, inception_box
 from vitcli.data.images import decode
-from vitcli.data.mix import cutmix, mix, mixup, one_hot
+from vitcli.data.mix import cutmix, mix, mixup, targets_of
 from vitcli.data.preprocess import normalise, pixels, prepare, resize
 from vitcli.rng import Generators, Stream
 
@@ -247,12 +247,12 @@ def test_randaugment_draws_all_operations_and_both_directions():
 
 def batch(n=6, classes=4):
     images = torch.randn(n, 3, 8, 10, generator=torch.Generator().manual_seed(0))
-    return images, one_hot(torch.arange(n) % classes, classes)
+    return images, targets_of(torch.arange(n) % classes, classes)
 
 
-def test_one_hot():
-    assert one_hot(torch.tensor([2, 0]), 3).tolist() == [[0, 0, 1], [1, 0, 0]]
-    assert one_hot(torch.tensor([1]), 2).dtype == torch.float32
+def test_targets_of():
+    assert targets_of(torch.tensor([2, 0]), 3).tolist() == [[0, 0, 1], [1, 0, 0]]
+    assert targets_of(torch.tensor([1]), 2).dtype == torch.float32
 
 
 def test_mix_off_changes_nothing():

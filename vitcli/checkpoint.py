@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from vitcli import __version__, optim, storage, weights
 from vitcli.data import Preprocessing
@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 class Trained:
     """A model that can be used: on the CPU, in fp32, in evaluation mode.
 
-    `classes` are names in the order of the logits, () where there is no head or its outputs are no classes. `recipe`
-    is None for a foreign file. `origin` says in a few words where it came from.
+    `classes` are names in the order of the logits, () where there is no head or its outputs are no classes. Where an
+    image may be of several classes, `thresholds` are the probabilities from which on each applies; None says that it is
+    of one. `recipe` is None for a foreign file. `origin` says in a few words where it came from.
     """
 
     model: ViT
@@ -45,6 +46,7 @@ class Trained:
     preprocessing: Preprocessing
     origin: str
     recipe: Recipe | None = None
+    thresholds: tuple[float, ...] | None = None
 
 
 @dataclass
@@ -65,6 +67,8 @@ class Position:
     rollbacks: int = 0
     # Images that a process computes at a time, where memory held no more; None: as the recipe says.
     micro_batch: int | None = None
+    # Of the last evaluation, as Trained has them.
+    thresholds: list[float] | None = None
 
 
 def load(path: Path) -> Trained:
@@ -87,22 +91,33 @@ def load(path: Path) -> Trained:
     return _load_own(_usable(path))
 
 
-def save_model(folder: Path, state: dict[str, Tensor], recipe: Recipe, classes: tuple[str, ...], step: int) -> None:
+def save_model(
+    folder: Path, position: Position, state: dict[str, Tensor], recipe: Recipe, classes: tuple[str, ...]
+) -> None:
     """Write best/ or last/: a model to use, from the whole of its state; transformers opens it if it has its like."""
     from vitcli.weights import huggingface
 
     def write(place: Path) -> None:
         pixels = recipe.data.preprocessing.model_dump(mode="json")
         words = in_words(classes)
-        foreign = weights.Foreign("huggingface", recipe.model, state, len(classes), recipe.data.res, pixels, words)
+        foreign = weights.Foreign(
+            format="huggingface",
+            config=recipe.model,
+            state=state,
+            head_classes=len(classes),
+            image_size=recipe.data.res,
+            preprocessing=pixels,
+            classes=words,
+            thresholds=None if position.thresholds is None else tuple(position.thresholds),
+        )
         try:
             huggingface.write(foreign, place)
         except CheckpointError as error:
-            _write_model(place, state, recipe, classes, step)
+            _write_model(place, position, state, recipe, classes)
             (place / "README.md").write_text(f"A model for `vit`, not for transformers: {error}.\n")
         else:
             config = json.loads((place / "config.json").read_text())
-            config["vitcli"] |= _facts(recipe, classes, step)
+            config["vitcli"] |= _facts(position, recipe, classes)
             (place / "config.json").write_text(json.dumps(config, indent=1))
 
     storage.write_folder(folder, write)
@@ -130,7 +145,7 @@ def save_training(
     rest = {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith(prefix)}
 
     def write(place: Path) -> None:
-        _write_model(place, model, recipe, classes, position.step)
+        _write_model(place, position, model, recipe, classes)
         save_file(rest, place / "training.safetensors")
         (place / "state.json").write_text(json.dumps(asdict(position), indent=1))
 
@@ -225,21 +240,24 @@ def start_from(trained: Trained, config: ViTConfig, classes: int, image_size: tu
     return model, notes
 
 
-def _write_model(place: Path, state: dict[str, Tensor], recipe: Recipe, classes: tuple[str, ...], step: int) -> None:
+def _write_model(
+    place: Path, position: Position, state: dict[str, Tensor], recipe: Recipe, classes: tuple[str, ...]
+) -> None:
     from safetensors.torch import save_file
 
-    (place / "config.json").write_text(json.dumps(_facts(recipe, classes, step), indent=1))
+    (place / "config.json").write_text(json.dumps(_facts(position, recipe, classes), indent=1))
     (place / "preprocessor_config.json").write_text(recipe.data.preprocessing.model_dump_json(indent=1))
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, place / "model.safetensors")
 
 
-def _facts(recipe: Recipe, classes: tuple[str, ...], step: int) -> dict[str, Any]:
+def _facts(position: Position, recipe: Recipe, classes: tuple[str, ...]) -> dict[str, Any]:
     """What a config.json says of the run: at its top, or under "vitcli" where transformers has the top."""
     return {
         "format": "vitcli",
         "version": __version__,
-        "step": step,
+        "step": position.step,
         "classes": classes,
+        "thresholds": position.thresholds,
         "recipe": recipe.model_dump(),
     }
 
@@ -268,6 +286,7 @@ def _load_own(folder: Path) -> Trained:
         facts = config.get("vitcli", config)
         recipe = Recipe.parse(facts["recipe"])
         classes = tuple(facts["classes"])
+        thresholds = checked_thresholds(facts.get("thresholds"), len(classes))  # older files do not say
         step = int(facts["step"])
     except (ValueError, KeyError, TypeError, AttributeError, OSError, ValidationError) as error:
         raise CheckpointError(
@@ -290,7 +309,18 @@ def _load_own(folder: Path) -> Trained:
         preprocessing=recipe.data.preprocessing,
         origin=f"{folder} (step {step})",
         recipe=recipe,
+        thresholds=thresholds,
     )
+
+
+def checked_thresholds(found: Any, classes: int) -> tuple[float, ...] | None:
+    """Thresholds as a file holds them, a list or None, for so many classes. Raises ValueError."""
+    if found is None:
+        return None
+    thresholds = TypeAdapter(tuple[Annotated[float, Field(ge=0, le=1)], ...]).validate_python(found)
+    if len(thresholds) != classes:
+        raise ValueError(f"{len(thresholds)} thresholds for {classes} classes")
+    return thresholds
 
 
 def _averaged(folder: Path) -> dict[str, Tensor]:
@@ -324,6 +354,7 @@ def _load_foreign(path: Path) -> Trained:
         image_size=foreign.image_size,
         preprocessing=preprocessing,
         origin=f"{path} ({foreign.format})",
+        thresholds=foreign.thresholds,
     )
 
 

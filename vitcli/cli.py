@@ -213,6 +213,9 @@ def evaluate(
         str | None,
         Option(help="Class folders, shards or a table; or digits. [dim]The run's[/]", rich_help_panel=INPUT),
     ] = None,
+    separator: Annotated[
+        str | None, Option(help="What stands between several labels of a table's image.", rich_help_panel=INPUT)
+    ] = None,
     batch: Annotated[int, Option(min=1)] = 64,
     device: Device = "auto",
     precision: Precision = "fp32",
@@ -223,6 +226,10 @@ def evaluate(
     min_top1: Annotated[
         float | None, Option(min=0, max=1, help="Exit 3 below this share.", rich_help_panel=RESULT)
     ] = None,
+    min_map: Annotated[
+        float | None,
+        Option(min=0, max=1, help="Exit 3 below this mAP, of several labels an image.", rich_help_panel=RESULT),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Score a model on labelled images; classes meet by name.
@@ -231,12 +238,20 @@ def evaluate(
 
     vit eval --ckpt ViT-B_16.npz --data imagenet/val --json
     """
-    from vitcli.inference import open_predictor, score
+    from vitcli.inference import open_predictor
     from vitcli.report import tables
+    from vitcli.scoring import score
 
     ckpt = ckpt or _newest()
     predictor = open_predictor(ckpt, device=device, provider=provider, precision=precision)
-    dataset = _images_to_score(ckpt, data)
+    dataset = _images_to_score(ckpt, data, separator)
+    if predictor.thresholds is not None and not dataset.multi_label:
+        warning = "warning: the model finds several classes in an image, and these images have one label each"
+        err.print(f"{warning}; of a table, --separator says otherwise", highlight=False, soft_wrap=True)
+    if min_top1 is not None and dataset.multi_label:
+        raise RecipeError("--min-top1 is for one label an image, and these have several", "take --min-map")
+    if min_map is not None and not dataset.multi_label:
+        raise RecipeError("--min-map is for several labels an image, and these have one", "take --min-top1")
     for note in dataset.notes:
         err.print(note, highlight=False, markup=False, soft_wrap=True)
     with err.status(f"scoring {len(dataset):,} images"):
@@ -247,8 +262,10 @@ def evaluate(
         lambda: tables.scores_table(scores),
         lambda: tables.scores_lines(scores),
     )
-    if min_top1 is not None and scores.top1 < min_top1:
-        raise DataError(f"top-1 {scores.top1:.2%} is below --min-top1 {min_top1:.2%}")
+    key, measure, value = scores.headline
+    least = min_map if min_top1 is None else min_top1
+    if least is not None and value < least:
+        raise DataError(f"{measure} {value:.2%} is below --min-{key} {least:.2%}")
 
 
 app.command(rich_help_panel="Use")(export)
@@ -292,8 +309,9 @@ def predict(
             yield found
 
     if jsonl or csv or not (json or out.is_terminal):
-        form = tables.answers_jsonl if jsonl else tables.answers_csv if csv else tables.answers_lines
-        for line in form(counted()):
+        form = tables.answers_jsonl if jsonl else tables.answers_lines
+        answers = counted()
+        for line in tables.answers_csv(answers, predictor.thresholds is not None) if csv else form(answers):
             print(line)
     elif json:
         print(tables.answers_json(counted(), str(ckpt)))
@@ -369,13 +387,15 @@ def _print_plan(recipe: Recipe, json: bool, processes: int) -> None:
     print(jsons.dumps(asdict(made)) if json else "\n".join(tables.plan_lines(made, recipe)))
 
 
-def _images_to_score(ckpt: Path, data: str | None) -> Dataset:
+def _images_to_score(ckpt: Path, data: str | None, separator: str | None) -> Dataset:
     """The images of --data, or else those that the run holds out."""
     from vitcli import checkpoint
     from vitcli.data.sources import described, parsed
 
     if data is not None:
-        return parsed(described(data)).open_for_scoring()
+        return parsed(described(data, separator)).open_for_scoring()
+    if separator is not None:
+        raise RecipeError("--separator goes with --data", "the run knows its own")
     trained = None if ckpt.suffix == ".onnx" else checkpoint.load(ckpt)
     if trained is None or trained.recipe is None:
         raise DataError("no --data given", f"{ckpt} does not say what it was trained on: --data FOLDER")

@@ -17,6 +17,7 @@ data_commands = typer.Typer(help="Check data sets, and pack them into shards.", 
 
 Images = Annotated[str, Argument(metavar="SRC", help="Class folders, a .csv or .parquet table, or shards.")]
 Jobs = Annotated[int | None, Option(min=1, help="Processes. [dim]The cores[/]")]
+Separator = Annotated[str | None, Option(help="What stands between several labels of a table's image.")]
 Json = Annotated[bool, Option("--json", help="One JSON object on stdout.")]
 
 
@@ -66,6 +67,7 @@ def pack(
 @data_commands.command()
 def check(
     source: Images,
+    separator: Separator = None,
     histogram: Annotated[Path | None, Option(help="Write the sizes of the classes as a PNG.")] = None,
     jobs: Jobs = None,
     json: Json = False,
@@ -83,7 +85,7 @@ def check(
     from vitcli.data.sources import described, parsed
     from vitcli.report import data_check
 
-    tree = described(source)
+    tree = described(source, separator)
     if tree["name"] == "shards":
         tree["broken"] = "skip"  # to see all that is wrong
     found = checking.check(parsed(tree), jobs=jobs or cores())

@@ -13,15 +13,21 @@ from vitcli.run import RUNS, Run
 from vitcli.yaml_tree import Place
 
 Row = dict[str, Any]
+# What runs are chosen by, in metrics.jsonl and in words: of images of one class each, and of several.
+MEASURES = {"val_top1": "top-1", "val_map": "mAP"}
 
 
 class Past(NamedTuple):
-    """A run at a glance. `steps` is None where neither recipe nor log tells yet; `changed` is seconds since 1970."""
+    """A run at a glance. `steps` is None where neither recipe nor log tells yet; `changed` is seconds since 1970.
+
+    `best` is the best `measure`, top-1 or mAP; both are None before the first evaluation.
+    """
 
     path: Path
     step: int
     steps: int | None
     best: float | None
+    measure: str | None
     state: Literal["running", "finished", "stopped"]
     size: int
     changed: float
@@ -43,16 +49,22 @@ def summary(path: Path) -> Past:
     """A run folder at a glance."""
     logged, finished = rows(path), (path / "last").is_dir()
     step = max((row["step"] for row in logged), default=0)
-    scores = [row["val_top1"] for row in logged if "val_top1" in row]
+    key = measure(logged)
     return Past(
         path=path,
         step=step,
         steps=step if finished else _steps(path, logged),
-        best=max(scores, default=None),
+        best=max((row[key] for row in logged if key in row), default=None),
+        measure=MEASURES.get(key),
         state="running" if _locked(path) else "finished" if finished else "stopped",
         size=size(path),
         changed=_changed(path),
     )
+
+
+def measure(logged: list[Row]) -> str:
+    """The key in a log of what the run is chosen by, "" before the first evaluation."""
+    return next((key for row in logged for key in MEASURES if key in row), "")
 
 
 def rows(path: Path) -> list[Row]:

@@ -1,15 +1,12 @@
-"""Score a data set, name an image. A checkpoint and an .onnx answer alike."""
+"""Name what is in an image. A checkpoint and an .onnx answer alike."""
 
 from __future__ import annotations
 
 import glob
-import math
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,26 +14,27 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vitcli import checkpoint, runtime
 from vitcli.data import Preprocessing, imagenet
 from vitcli.data.images import EXTENSIONS, BadImage, decode
-from vitcli.data.loader import eval_batches
-from vitcli.data.place import Batch, put
+from vitcli.data.place import put
 from vitcli.data.preprocess import normalise, pixels, prepare
-from vitcli.data.sources import Dataset
 from vitcli.errors import CheckpointError, DataError, NumericsError, UserError
 from vitcli.model.vit import ViT
 from vitcli.onnx_model import OnnxPredictor, Provider
-from vitcli.processes import ALONE, Processes
 from vitcli.runtime import Runtime, RuntimeConfig
 
 
 class Predictor(Protocol):
-    """What can answer for images. `classes` are names in the order of the logits."""
+    """What can answer for images. `classes` are names in the order of the logits.
+
+    Where an image may be of several classes, `thresholds` are the probabilities from which on each applies, a
+    probability being the sigmoid of a logit; else None.
+    """
 
     classes: tuple[str, ...]
+    thresholds: tuple[float, ...] | None
     preprocessing: Preprocessing
     origin: str
 
@@ -49,10 +47,16 @@ class TorchPredictor:
     """A model on the device of `runtime`, where it already is. One in training is left in training mode."""
 
     def __init__(
-        self, model: ViT, classes: tuple[str, ...], preprocessing: Preprocessing, runtime: Runtime, origin: str
+        self,
+        model: ViT,
+        classes: tuple[str, ...],
+        preprocessing: Preprocessing,
+        runtime: Runtime,
+        origin: str,
+        thresholds: tuple[float, ...] | None = None,
     ):
         self.model, self.classes, self.preprocessing = model, classes, preprocessing
-        self.runtime, self.origin = runtime, origin
+        self.runtime, self.origin, self.thresholds = runtime, origin, thresholds
         self._batch = 0  # images in a recorded call
 
     def logits(self, images: Tensor) -> Tensor:
@@ -117,143 +121,14 @@ def torch_predictor(
     compiled = {} if precision == "bf16" else {"compile": False}
     started = runtime.start(RuntimeConfig.parse({"device": device, "precision": precision} | compiled))
     started.prepare(trained.model)
-    return TorchPredictor(trained.model, trained.classes, trained.preprocessing, started, trained.origin)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """How well a data set is classified.
-
-    `loss` is the mean cross-entropy; `top1` and `top5` are shares over all the model's classes; `top1_seen` is the
-    share when only the `seen` classes that have images may answer, as is usual for ImageNet-A and -R, or None if
-    they are all. `bad` names the images that could not be read; they are in no other number. `seconds` is all the
-    time, `waiting` the part spent waiting for data.
-    """
-
-    images: int
-    loss: float
-    top1: float
-    top5: float
-    top1_seen: float | None
-    seen: int
-    classes: int
-    bad: tuple[str, ...]
-    seconds: float
-    waiting: float
-
-    @property
-    def images_per_second(self) -> float:
-        """Images scored in a second of all the time."""
-        return self.images / self.seconds
-
-
-def score(
-    predictor: Predictor,
-    dataset: Dataset,
-    *,
-    batch: int,
-    workers: int | None = None,
-    allow_bad: bool = False,
-    on_batch: Callable[[int], None] | None = None,
-    processes: Processes = ALONE,
-    batches: Iterator[Batch] | None = None,
-) -> Scores:
-    """Score every image once; classes meet by name. The counts do not depend on `batch`, nor on how many `processes`
-    share the images.
-
-    `batches` are those of `eval_batches` with this process's `share_of` the images, where the caller keeps them.
-    `on_batch` is told how many images are done. Raises DataError for a class that the model does not know, and for
-    an unreadable image unless `allow_bad`; NumericsError where the model does not answer with numbers.
-    """
-    columns = torch.tensor(imagenet.match(dataset.classes, predictor.classes))
-    seen = columns[torch.from_numpy(dataset.labels).unique()].unique()
-    share, double = share_of(len(dataset), processes)
-    images = top1 = top5 = top1_seen = 0
-    loss, waiting, bad = 0.0, 0.0, []
-    begin = asked = time.monotonic()
-    if batches is not None:
-        loaded = batches
-    elif takes_any_size(predictor):
-        loaded = _one_by_one(dataset, share)
-    else:
-        device = predictor.runtime.device if isinstance(predictor, TorchPredictor) else torch.device("cpu")
-        loaded = eval_batches(
-            predictor.preprocessing, dataset, batch=batch, workers=workers, share=share, device=device
-        )
-    with closing(loaded) as parts:  # pyright: ignore[reportArgumentType] (a generator, which ends its processes)
-        for part in parts:
-            waiting += time.monotonic() - asked
-            bad += part.get("bad", [])
-            if bad and not allow_bad:
-                break
-            if len(part["labels"]):
-                labels = columns[part["labels"]]
-                logits = predictor.logits(part["images"])
-                if double and images + len(bad) + len(labels) == len(share):
-                    logits, labels = logits[:-1], labels[:-1]
-                place = rank(logits, labels)
-                images += len(labels)
-                loss += F.cross_entropy(logits.double(), labels, reduction="sum").item()
-                top1 += int((place < 1).sum())
-                top5 += int((place < 5).sum())
-                top1_seen += int((rank(logits[:, seen], torch.searchsorted(seen, labels)) < 1).sum())
-            if on_batch:
-                on_batch(images + len(bad))
-            asked = time.monotonic()
-    bad = [image for part in processes.all(bad) for image in part]
-    counts = zip(*processes.all((images, loss, top1, top5, top1_seen)), strict=True)
-    images, loss, top1, top5, top1_seen = map(sum, counts)
-    if bad and not allow_bad:
-        raise DataError(str(bad[0]), "mend or remove it, or leave such images out with --allow-bad")
-    if not math.isfinite(loss):
-        raise NumericsError(f"{predictor.origin} answers with NaN or infinity")
-    if not images:
-        raise DataError("no image to score", f"{len(bad)} could not be read" if bad else "")
-    return Scores(
-        images=images,
-        loss=loss / images,
-        top1=top1 / images,
-        top5=top5 / images,
-        top1_seen=top1_seen / images if len(seen) < len(predictor.classes) else None,
-        seen=len(seen),
-        classes=len(predictor.classes),
-        bad=tuple(map(str, bad)),
-        seconds=time.monotonic() - begin,
-        waiting=waiting,
+    return TorchPredictor(
+        trained.model, trained.classes, trained.preprocessing, started, trained.origin, trained.thresholds
     )
 
 
 def takes_any_size(predictor: Predictor) -> bool:
     """Whether a predictor resizes images itself: an .onnx with its preprocessing in the graph."""
     return isinstance(predictor, OnnxPredictor) and predictor.whole
-
-
-def _one_by_one(dataset: Dataset, share: Sequence[int]) -> Iterator[Batch]:
-    """Each image as it is, in a batch as of `eval_batches`."""
-    for index in share:
-        try:
-            image = pixels(dataset.image(index))
-        except BadImage as error:
-            yield {"labels": torch.empty(0, dtype=torch.int64), "bad": [error]}
-        else:
-            yield {"images": image[None], "labels": torch.from_numpy(dataset.labels[index : index + 1])}
-
-
-def share_of(images: int, processes: Processes) -> tuple[list[int], bool]:
-    """The images that this process scores, and whether the last is one too many.
-
-    All processes score equally many, since those that hold parts of one model must call it together.
-    """
-    share = list(range(processes.rank, images, processes.count))
-    double = len(share) < -(-images // processes.count)
-    return ([*share, images - 1] if double else share), double
-
-
-def rank(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many classes come before the label's, of equals the lower index first: (b, classes), (b,) -> (b,)."""
-    own = logits.gather(1, labels[:, None])
-    lower = torch.arange(logits.shape[1]) < labels[:, None]
-    return ((logits > own) | ((logits == own) & lower)).sum(1)
 
 
 def _finite(predictor: Predictor, images: Tensor) -> Tensor:
@@ -264,16 +139,20 @@ def _finite(predictor: Predictor, images: Tensor) -> Tensor:
 
 
 class Guess(NamedTuple):
-    """A class: its id in the model, its name in words, its probability."""
+    """A class: its id in the model, its name in words, its probability.
+
+    `applies` says whether the probability reaches the class's threshold, where an image may be of several; else None.
+    """
 
     id: str
     name: str
     probability: float
+    applies: bool | None = None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What is in an image: the likeliest classes, best first, or why it could not be read."""
+    """What is in an image: the likeliest classes and all that apply, best first, or why it could not be read."""
 
     path: str
     top: tuple[Guess, ...] = ()
@@ -344,10 +223,17 @@ def _guesses(predictor: Predictor, images: list[Tensor], top: int) -> list[tuple
     alike = [torch.stack(list(part)) for _, part in groupby(images, key=lambda image: image.shape)]
     if not alike:
         return []
-    shares = torch.cat([_finite(predictor, part) for part in alike]).double().softmax(dim=1)
+    logits, several = torch.cat([_finite(predictor, part) for part in alike]).double(), predictor.thresholds is not None
+    shares = logits.sigmoid() if several else logits.softmax(dim=1)
     values, indices = shares.sort(dim=1, descending=True, stable=True)
-    ids = predictor.classes
-    return [
-        tuple(Guess(ids[i], imagenet.name(ids[i]), p) for i, p in zip(row[:top], shares[:top], strict=True))
-        for row, shares in zip(indices.tolist(), values.tolist(), strict=True)
-    ]
+    end, found = None if several else top, []
+    for row, probabilities in zip(indices.tolist(), values.tolist(), strict=True):
+        guesses = [_guess(predictor, i, p) for i, p in zip(row[:end], probabilities[:end], strict=True)]
+        found.append(tuple(guess for place, guess in enumerate(guesses) if place < top or guess.applies))
+    return found
+
+
+def _guess(predictor: Predictor, index: int, probability: float) -> Guess:
+    name, thresholds = predictor.classes[index], predictor.thresholds
+    applies = None if thresholds is None else probability >= thresholds[index]
+    return Guess(name, imagenet.name(name), probability, applies)

@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError, Message
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from vitcli.checkpoint import checked_thresholds
 from vitcli.data import Preprocessing
 from vitcli.data.preprocess import normalise
 from vitcli.errors import CheckpointError
@@ -33,7 +34,7 @@ class OnnxPredictor:
     def __init__(self, path: Path, provider: Provider = "auto", runner: Runner | None = None):
         model = read(path)
         facts = _metadata(model, path)
-        self.classes, self.preprocessing = facts.classes, facts.preprocessing
+        self.classes, self.preprocessing, self.thresholds = facts.classes, facts.preprocessing, facts.thresholds
         self.whole, self._facts = facts.preprocess == "full", facts
         self.origin = f"{path}, ONNX opset {next(o.version for o in model.opset_import if not o.domain)}"
         self._runner = runner or Session(path, model, provider)
@@ -121,6 +122,7 @@ class _Facts(NamedTuple):
     preprocessing: Preprocessing
     preprocess: Preprocess
     softmax: bool
+    thresholds: tuple[float, ...] | None
 
 
 def _metadata(model: onnx.ModelProto, path: Path) -> _Facts:
@@ -131,11 +133,13 @@ def _metadata(model: onnx.ModelProto, path: Path) -> _Facts:
             "use a file that vit export wrote; an .onnx of another program does not say how to prepare an image",
         )
     try:
+        classes = tuple(TypeAdapter(list[str]).validate_json(entries["classes"], strict=True))
         return _Facts(
-            tuple(TypeAdapter(list[str]).validate_json(entries["classes"], strict=True)),
+            classes,
             Preprocessing.parse(json.loads(entries["preprocessing"])),
             TypeAdapter(Preprocess).validate_python(entries.get("preprocess", "none")),
             TypeAdapter(bool).validate_json(entries.get("softmax", "false"), strict=True),
+            checked_thresholds(json.loads(entries.get("thresholds", "null")), len(classes)),
         )
     except (ValidationError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has unusable metadata: {str(error).splitlines()[0]}") from None

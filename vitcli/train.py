@@ -10,19 +10,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from vitcli import checkpoint, optim, rng, rollback
 from vitcli import runtime as runtimes
 from vitcli.checkpoint import Position, Trained
 from vitcli.data.kept import Kept, is_small
 from vitcli.data.loader import eval_batches, fingerprint, train_batches
-from vitcli.data.mix import mix_share, one_hot, places
+from vitcli.data.mix import mix_share, places, targets_of
 from vitcli.data.place import put
 from vitcli.data.preprocess import normalise
 from vitcli.data.sampling import told
 from vitcli.errors import CheckpointError, DataError, UserError
-from vitcli.inference import TorchPredictor, score, share_of
+from vitcli.inference import TorchPredictor
 from vitcli.memory import MicroBatch
 from vitcli.meter import Meter
 from vitcli.processes import ALONE, Processes, whole
@@ -31,6 +29,7 @@ from vitcli.report.plots import draw_results
 from vitcli.report.progress import Progress
 from vitcli.rng import Stream
 from vitcli.saver import Saver
+from vitcli.scoring import MultiLabelScores, score, share_of
 from vitcli.stop import Stop, Stopped
 from vitcli.trackers import tracking
 from vitcli.update import Update, at_a_time
@@ -42,14 +41,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `bad_images` were unreadable and replaced; `skipped` updates had no finite gradient; `balance`
-    says what was done about classes of unequal size; `signal` stopped it early, or is None. Of several processes only
-    the `first` tells it to a person.
+    """How a run ended. `best_score` is the `measure`, top-1 or mAP, of the best weights. `bad_images` were unreadable
+    and replaced; `skipped` updates had no finite gradient; `balance` says what was done about classes of unequal size;
+    `signal` stopped it early, or is None. Of several processes only the `first` tells it to a person.
     """
 
     run: Path
     step: int
     steps: int
+    measure: str
     best_score: float | None
     best_step: int
     bad_images: int
@@ -91,6 +91,7 @@ def fit(
         raise DataError(
             f"the data has {len(classes)} classes, the recipe says {recipe.data.classes}", "mend data.classes"
         )
+    recipe.objective.check(multi_label=train_set.multi_label)
     per_epoch, steps, warmup = recipe.length(len(train_set))
     if warmup > steps:
         progress.note(f"warning: the warm-up of {warmup} steps is longer than the training of {steps}")
@@ -110,7 +111,7 @@ def fit(
             progress.note(note)
     else:
         model = recipe.model.build(len(classes), recipe.data.res)
-    counts = np.bincount(train_set.labels, minlength=len(classes)).tolist()
+    counts = train_set.counts.tolist()
     balance = told(train_set, recipe.data.sampling, recipe.data.repeat_threshold) + recipe.objective.notes(counts)
     for note in (*train_set.notes, *val_set.notes, *balance):
         progress.note(note)
@@ -120,6 +121,8 @@ def fit(
     optimizer = optim.build(recipe.optim, module)
     average = optim.Average(module, recipe.optim.ema) if recipe.optim.ema else None
     position = checkpoint.resume(found, module, optimizer, average) if found else Position()
+    if train_set.multi_label and not found:
+        position.thresholds = [0.5] * len(classes)
     run.rewind_log(position.log_bytes)
 
     rigid = bool(recipe.runtime.exact) or (processes.count > 1 and recipe.runtime.shard == "fsdp")
@@ -152,14 +155,17 @@ def fit(
                 processes=processes,
                 batches=held_out(),
             )
-            if position.best_score is None or scores.top1 > position.best_score:
-                position.best_score, position.best_step = scores.top1, position.step
+            if isinstance(scores, MultiLabelScores):
+                position.thresholds = list(scores.best_thresholds)
+            if position.best_score is None or scores.headline.value > position.best_score:
+                position.best_score, position.best_step = scores.headline.value, position.step
                 save_model("best")
         position.scored_step = position.step
         for bad in scores.bad:
             progress.note(f"warning: not scored: {bad}")
-        run.log(step=position.step, val_loss=scores.loss, val_top1=scores.top1, val_top5=scores.top5)
-        progress.scored(position.step, scores.loss, scores.top1, best=position.best_step == position.step)
+        run.log(step=position.step, **scores.logged)
+        _, measure, value = scores.headline
+        progress.scored(position.step, scores.loss, measure, value, best=position.best_step == position.step)
 
     def settle() -> None:
         """Know what became of every update so far."""
@@ -192,9 +198,9 @@ def fit(
         progress.note(f"warning: skipped too often: back to the weights of step {good.step}, on with other images")
 
     def save_model(name: str) -> None:
-        state, step = whole(module.model.state_dict()), position.step
+        state, here = whole(module.model.state_dict()), replace(position)
         if processes.first:
-            saver.begin(lambda: checkpoint.save_model(run.path / name, state, recipe, classes, step))
+            saver.begin(lambda: checkpoint.save_model(run.path / name, here, state, recipe, classes))
 
     saved = position.step if found else -1
     batches = train_batches(
@@ -248,7 +254,7 @@ def fit(
                 position.bad_images += 1
                 progress.note(f"replaced an unreadable image: {bad}")
             images = normalise(batch["images"], recipe.data)
-            targets = one_hot(put(batch["labels"], runtime.device), len(classes))
+            targets = targets_of(put(batch["labels"], runtime.device), len(classes))
             chance = rng.generator(recipe.seed, Stream.MIX, step)
             images, targets = mix_share(images, targets, len(share), recipe.data.augment, chance)
 
@@ -277,6 +283,7 @@ def fit(
         run=run.path,
         step=position.step,
         steps=steps,
+        measure="mAP" if train_set.multi_label else "top-1",
         best_score=position.best_score,
         best_step=position.best_step,
         bad_images=position.bad_images,

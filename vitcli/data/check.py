@@ -39,6 +39,7 @@ _SUFFIXES = {
 class Check:
     """What was found. Paths are as messages name them.
 
+    Where an image may be of several classes, `unlabelled` counts those of none in each split; else it is empty.
     `damaged` are shards that are not whole, `unreadable` images with the reason. `odd` ones are usable, but of a rare
     mode, shape or a wrong suffix. Images of one group of `duplicates` have the same bytes, of `near_duplicates` nearly
     the same look. `leaks` are held-out images that are trained on: (held out, trained on, "same bytes" or "near").
@@ -47,6 +48,7 @@ class Check:
 
     images: dict[str, int]
     classes: dict[str, dict[str, int]]
+    unlabelled: dict[str, int]
     damaged: list[str]
     unreadable: list[str]
     odd: list[str]
@@ -122,7 +124,8 @@ def check(source: Source, *, jobs: int) -> Check:
         for held in group
         if group[0] < train <= held
     ]
-    conflicts = [group for group in same if len(set(labels[group].tolist())) > 1]
+    conflicts = [group for group in same if len(np.unique(labels[group], axis=0)) > 1]
+    overlapping = [(split, dataset) for split, dataset in datasets.items() if dataset.multi_label]
 
     def path(number: int) -> str:
         dataset, index = _at(datasets, number)
@@ -137,6 +140,7 @@ def check(source: Source, *, jobs: int) -> Check:
     return Check(
         images={split: len(dataset) for split, dataset in datasets.items()},
         classes={split: _counts(dataset) for split, dataset in datasets.items()},
+        unlabelled={split: int((~dataset.labels.any(1)).sum()) for split, dataset in overlapping},
         damaged=damaged,
         unreadable=[line for _, line in sorted(seen.unreadable)[:LISTED]],
         odd=[line for _, line in sorted(seen.odd)[:LISTED]],
@@ -233,8 +237,7 @@ def _at(datasets: dict[Split, Dataset], number: int) -> tuple[Dataset, int]:
 
 
 def _counts(dataset: Dataset) -> dict[str, int]:
-    counts = np.bincount(dataset.labels, minlength=len(dataset.classes)).tolist()
-    return dict(zip(dataset.classes, counts, strict=True))
+    return dict(zip(dataset.classes, dataset.counts.tolist(), strict=True))
 
 
 def _spread(sizes: np.ndarray) -> dict[str, Any]:

@@ -112,8 +112,8 @@ def _whole_sample(data: DataConfig, dataset: Dataset, shape: torch.Size | None, 
     try:
         image = before_crop(dataset.pixels(index), data)
     except BadImage as error:
-        return None, 0, [(index, error.path, error.reason)]
+        return None, index, [(index, error.path, error.reason)]
     if shape is not None and image.shape != shape:
         sizes = f"{shape[2]}x{shape[1]}: {image.shape[2]}x{image.shape[1]}"
-        return None, 0, [(index, dataset.path(index), f"{OTHER_SIZE} {sizes}")]
-    return image, int(dataset.labels[index]), []
+        return None, index, [(index, dataset.path(index), f"{OTHER_SIZE} {sizes}")]
+    return image, index, []

@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 def fingerprint(dataset: Dataset) -> str:
     """SHA-256 of class names, labels and the images' relative names: equal for the same data set elsewhere."""
     digest = hashlib.sha256(json.dumps(dataset.classes).encode())
-    digest.update(dataset.labels.astype("<i8").tobytes())
+    digest.update((dataset.labels if dataset.multi_label else dataset.labels.astype("<i8")).tobytes())
     digest.update(dataset.identity)
     return digest.hexdigest()
 
@@ -57,7 +57,8 @@ def train_batches(
     neighbours: int = 1,
     device: torch.device = CPU,
 ) -> Iterator[Batch]:
-    """The batches of the updates `start` to `steps`: "images" uint8 (b, 3, h, w), augmented, and "labels" int64 (b,).
+    """The batches of the updates `start` to `steps`: "images" uint8 (b, 3, h, w), augmented, and "labels", those of the
+    data set: int64 (b,) or bool (b, classes).
 
     They are made on the `device`, on CUDA ahead of their turn; for devices without float64 on the CPU. `places` are
     those of the batch to load, in their order, where other processes load the rest; `neighbours` of them share this
@@ -86,7 +87,8 @@ def eval_batches(
     share: Sequence[int] | None = None,
     device: torch.device = CPU,
 ) -> Iterator[Batch]:
-    """Every image once, or those of `share`, in order: "images" uint8 (b, 3, h, w) and "labels" int64 (b,).
+    """Every image once, or those of `share`, in order: "images" uint8 (b, 3, h, w), and "labels" int64 (b,) or bool
+    (b, classes).
 
     The images are on the `device`, on CUDA ahead of their turn; the labels stay on the CPU. The last batch may be
     smaller. Broken images are left out, never replaced: a batch that lacks some has "bad" too, a list of BadImage.
@@ -95,13 +97,15 @@ def eval_batches(
     share = range(len(dataset)) if share is None else share
     positions = (list(share[i : i + batch]) for i in range(0, len(share), batch))
     workers = _workers(workers, _is_easy(dataset, preprocessing.res), len(share))
-    return ahead(_scored_batches(load(sample, preprocessing.res, positions, workers), device), device)
+    return ahead(_scored_batches(dataset, load(sample, preprocessing.res, positions, workers), device), device)
 
 
-def _scored_batches(parts: Generator[Part, None, None], device: torch.device) -> Generator[Batch, None, None]:
+def _scored_batches(
+    dataset: Dataset, parts: Generator[Part, None, None], device: torch.device
+) -> Generator[Batch, None, None]:
     with closing(parts):
         for part in parts:
-            batch = _join([part], pinned=device.type == "cuda")
+            batch = _join(dataset, [part], pinned=device.type == "cuda")
             yield batch | {"images": put(batch["images"], device)}
 
 
@@ -116,10 +120,10 @@ def _loaded_batches(
         for turn, indices in order:
             parts = [next(loaded) for _ in range(0, len(indices), CHUNK)]
             broken |= {index: BadImage(path, reason) for part in parts for index, path, reason in part["bad"]}
-            complete = sum(len(part["labels"]) for part in parts) == len(indices)
+            complete = sum(len(part["indices"]) for part in parts) == len(indices)
             if not complete or len(broken) > data.bad_images * len(dataset):
                 raise _too_many(list(broken.values()), data.bad_images, len(dataset))
-            batch = _join(parts, pinned=device.type == "cuda")
+            batch = _join(dataset, parts, pinned=device.type == "cuda")
             images, labels = put(batch["images"], device), put(batch["labels"], device)
             chance = rng.Generators(seed, Stream.PIXELS, turn, indices)
             yield batch | {"images": augment(images, data, chance), "labels": labels}
@@ -172,25 +176,26 @@ def _training_sample(data: DataConfig, dataset: Dataset, seed: int, position: tu
             bad.append((index, error.path, error.reason))
             index = int(others.integers(len(dataset)))
         else:
-            return crop(image, data, chance), int(dataset.labels[index]), bad
-    return None, 0, bad
+            return crop(image, data, chance), index, bad
+    return None, index, bad
 
 
 def _eval_sample(preprocessing: Preprocessing, dataset: Dataset, index: int) -> Sample:
     try:
-        return prepare(dataset.image(index), preprocessing), int(dataset.labels[index]), []
+        return prepare(dataset.image(index), preprocessing), index, []
     except BadImage as error:
-        return None, 0, [(index, error.path, error.reason)]
+        return None, index, [(index, error.path, error.reason)]
 
 
-def _join(parts: list[Part], pinned: bool) -> Batch:
-    """Parts as one batch, `pinned` in memory that a GPU reads by itself."""
+def _join(dataset: Dataset, parts: list[Part], pinned: bool) -> Batch:
+    """Parts as one batch with the labels of its images, `pinned` in memory that a GPU reads by itself."""
     found = [part["images"] for part in parts]
     images = found[0]
     if pinned or len(found) > 1:
         images = torch.empty((sum(map(len, found)), *images.shape[1:]), dtype=torch.uint8, pin_memory=pinned)
         torch.cat(found, out=images)
-    batch: Batch = {"images": images, "labels": torch.cat([part["labels"] for part in parts])}
+    indices = torch.cat([part["indices"] for part in parts]).numpy()
+    batch: Batch = {"images": images, "labels": torch.from_numpy(dataset.labels[indices])}
     bad = [BadImage(path, reason) for part in parts for _, path, reason in part["bad"]]
     return batch | {"bad": bad} if bad else batch
 

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from vitcli.data import Augment
 
 
-def one_hot(labels: Tensor, classes: int) -> Tensor:
-    """int64 labels (b,) as float32 (b, classes), one 1 in each row."""
-    return F.one_hot(labels, classes).float()
+def targets_of(labels: Tensor, classes: int) -> Tensor:
+    """Labels, int64 (b,) or bool (b, classes), as float32 (b, classes): 1 for each class of an image, else 0."""
+    return (labels if labels.ndim == 2 else F.one_hot(labels, classes)).float()
 
 
 def places(share: range, batch: int, config: Augment) -> list[int]:

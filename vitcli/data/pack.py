@@ -86,11 +86,14 @@ class Part(NamedTuple):
 def pack(source: Source, out: Path, *, shrink: Shrink | None, per_shard: int, jobs: int) -> Packing:
     """Write the images of a source as shards into the folder `out`, or go on where an earlier call was stopped.
 
-    Bytes are copied as they are, unless `shrink` says otherwise: then each image is decoded. Raises DataError if
-    `out` holds other shards, LockedError if another process writes there, StorageError if the disk refuses.
+    Bytes are copied as they are, unless `shrink` says otherwise: then each image is decoded. Raises DataError if an
+    image may be of several classes or `out` holds other shards, LockedError if another process writes there,
+    StorageError if the disk refuses.
     """
     begin = time.monotonic()
     datasets: dict[Split, Dataset] = {split: source.open(split) for split in source.splits()}
+    if any(dataset.multi_label for dataset in datasets.values()):
+        raise DataError("a shard holds one label an image, and these images have several", "train from the table")
     plans: dict[Split, str] = {split: _plan(dataset, shrink, per_shard) for split, dataset in datasets.items()}
     parts = [part for split, dataset in datasets.items() for part in _parts(split, dataset, per_shard)]
     classes = next(iter(datasets.values())).classes

@@ -27,7 +27,7 @@ HUNG = 600.0  # seconds after which a process that hands over nothing is given u
 
 CHUNK = 256  # images that a process loads at a time: a larger batch comes in parts
 
-# The image uint8 (3, h, w) or None, its label, and what was broken: index, path, reason.
+# The image uint8 (3, h, w) or None, its index in the data set, and what was broken: index, path, reason.
 Sample = tuple[Tensor | None, int, list[tuple[int, str, str]]]
 
 
@@ -35,7 +35,7 @@ class Part(TypedDict):
     """Samples as a batch; those without an image are only in `bad`."""
 
     images: Tensor
-    labels: Tensor
+    indices: Tensor
     bad: list[tuple[int, str, str]]
 
 
@@ -85,14 +85,14 @@ class _Source:
 
     def __getitems__(self, positions: list[Any]) -> Part:
         samples = [self.sample(position) for position in positions]
-        made = [(image, label) for image, label, _ in samples if image is not None]
+        made = [(image, index) for image, index, _ in samples if image is not None]
         images = torch.empty((len(made), 3, *self.res), dtype=torch.uint8)
         for to, (image, _) in zip(images, made, strict=True):
             to.copy_(image)
         if get_worker_info():
             images.share_memory_()  # here, where a failure reaches the caller; torch would do it in a thread
-        labels = torch.tensor([label for _, label in made], dtype=torch.int64)
-        return Part(images=images, labels=labels, bad=[bad for *_, found in samples for bad in found])
+        indices = torch.tensor([index for _, index in made], dtype=torch.int64)
+        return Part(images=images, indices=indices, bad=[bad for *_, found in samples for bad in found])
 
 
 def _parts(iterator: Any) -> Iterator[Part]:

@@ -59,13 +59,22 @@ answer = session.run(None, {"images": np.asarray(image)[None]})[0][0]
 """
 
 
-def snippet(file: str, p: Preprocessing, mode: str, tokens: bool) -> str:
-    """Python that prints the class of photo.jpg. `mode` is --preprocess; `tokens`: an answer for each token."""
+ONE = "print(classes[answer.argmax()])\n"
+SEVERAL = """\
+thresholds = json.loads(session.get_modelmeta().custom_metadata_map["thresholds"])
+print([name for name, p, least in zip(classes, 1 / (1 + np.exp(-answer)), thresholds) if p >= least])
+"""
+
+
+def snippet(file: str, p: Preprocessing, mode: str, tokens: bool, multi_label: bool) -> str:
+    """Python that prints the class of photo.jpg, or where it is `multi_label` its classes. `mode` is --preprocess;
+    `tokens`: an answer for each token.
+    """
     text = START.format(file=file)
     if mode != "full":
         text = _resize(text, p)
     text += AS_IT_IS if mode != "none" else NORMALISE.format(mean=list(p.mean), std=list(p.std))
-    return text + ("answer = answer.mean(0)\n" if tokens else "") + "print(classes[answer.argmax()])\n"
+    return text + ("answer = answer.mean(0)\n" if tokens else "") + (SEVERAL if multi_label else ONE)
 
 
 def _resize(text: str, p: Preprocessing) -> str:

@@ -40,6 +40,7 @@ def export(format: str, trained: Trained, out: Path, images: Sequence[Image] | N
         image_size=trained.image_size,
         preprocessing=trained.preprocessing.model_dump(mode="json"),
         classes=trained.classes,
+        thresholds=trained.thresholds,
     )
     with place_for(out) as place:
         import_module(f"vitcli.weights.{format}").write(foreign, place)
@@ -53,6 +54,7 @@ def export(format: str, trained: Trained, out: Path, images: Sequence[Image] | N
         files = [part for part in place.rglob("*") if part.is_file()] if place.is_dir() else [place]
         size = sum(part.stat().st_size for part in files)
     details: dict[str, str | int] = {"tensors": len(state)}
-    if written.preprocessing != trained.preprocessing:
-        details["left out"] = "preprocessing, which this format does not hold"
+    lost = [key for key in ("preprocessing", "thresholds") if getattr(written, key) != getattr(trained, key)]
+    if lost:
+        details["left out"] = f"{' and '.join(lost)}, which this format does not hold"
     return Report(format, str(out), round(size / 1e6, 1), details, parity, round(time.monotonic() - begin, 1))

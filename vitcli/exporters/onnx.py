@@ -5,8 +5,9 @@ Input `pixel_values` (batch, 3, h, w), float32, is normalised as the metadata's 
 (batch, height, width, 3), uint8; with `--softmax` the output is `probabilities`.
 
 Metadata: vitcli opset model classes preprocessing precision preprocess, and where they apply softmax ("true"),
-max_batch, recipe, source_sha256. ONNX has no place for the bound of a free dimension, so `max_batch` is there for who
-plans memory or builds an engine.
+thresholds, max_batch, recipe, source_sha256. Where an image may be of several classes, each applies where the sigmoid
+of its logit reaches its one of the `thresholds`. ONNX has no place for the bound of a free dimension, so `max_batch` is
+there for who plans memory or builds an engine.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def export(
     from vitcli.exporters._snippet import snippet
     from vitcli.inference import torch_predictor
 
-    _refuse(trained, opset, precision, calibration, max_batch)
+    _refuse(trained, opset, precision, calibration, softmax, max_batch)
     begin, stage = time.monotonic(), on_stage or (lambda name: None)
     reference = torch_predictor(trained, "cpu")
     prepared = sample(trained.preprocessing, images)
@@ -131,12 +132,23 @@ def export(
         seconds=round(time.monotonic() - begin, 1),
         precision=precision,
         held_out=held_out,
-        snippet=snippet(str(out), trained.preprocessing, preprocess, tokens=trained.config.pool == "none"),
+        snippet=snippet(
+            str(out),
+            trained.preprocessing,
+            preprocess,
+            tokens=trained.config.pool == "none",
+            multi_label=trained.thresholds is not None,
+        ),
     )
 
 
 def _refuse(
-    trained: Trained, opset: int, precision: Precision, calibration: Sequence[Image] | None, max_batch: int | None
+    trained: Trained,
+    opset: int,
+    precision: Precision,
+    calibration: Sequence[Image] | None,
+    softmax: bool,
+    max_batch: int | None,
 ) -> None:
     if opset not in OPSETS:
         raise RecipeError(f"--opset {opset} is not possible", f"choose from {OPSETS[0]} to {OPSETS[-1]}")
@@ -148,6 +160,11 @@ def _refuse(
         raise DataError(
             f"{len(calibration)} images are not enough to calibrate on: half of them are held out",
             "give some hundreds, like those that the model will see",
+        )
+    if softmax and trained.thresholds is not None:
+        raise RecipeError(
+            "--softmax is for classes that exclude one another, and an image may be of several of this model's",
+            "leave it out, and apply a sigmoid to the logits",
         )
     if not trained.classes:
         raise CheckpointError(f"{trained.origin} names no classes", "train one: vit finetune --ckpt")
@@ -198,6 +215,8 @@ def _metadata(trained: Trained, opset: int, source: Path | None, recipe: str | N
         "classes": json.dumps(trained.classes),
         "preprocessing": trained.preprocessing.model_dump_json(),
     }
+    if trained.thresholds is not None:
+        metadata["thresholds"] = json.dumps(trained.thresholds)
     if recipe:
         metadata["recipe"] = recipe
     if source and source.is_file():
@@ -224,6 +243,7 @@ class LogProbabilities:
     def __init__(self, predictor: Predictor):
         self.predictor, self.origin = predictor, predictor.origin
         self.classes, self.preprocessing = predictor.classes, predictor.preprocessing
+        self.thresholds = predictor.thresholds
 
     def logits(self, images: Tensor) -> Tensor:
         return self.predictor.logits(images).log_softmax(1).clamp(min=LEAST)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from vitcli.errors import RecipeError
 from vitcli.schema import Schema, one_of
 
 if TYPE_CHECKING:
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 
 class Objective(Schema):
     """A recipe's `objective`: a loss, and the trained parts that it needs besides the ViT."""
+
+    def check(self, *, multi_label: bool) -> None:
+        """Raise RecipeError for data that it does not take; unless it says otherwise, for several labels an image."""
+        if multi_label:
+            hint = "--set objective.name=classify --set objective.loss=sigmoid"
+            raise RecipeError("the images have several labels each, and this objective takes one", hint)
 
     def parts(self, model: ViT) -> dict[str, nn.Module]:
         """Trained modules besides the ViT, by name; they appear as attributes of the `ObjectiveModule`."""
@@ -36,7 +43,8 @@ class Objective(Schema):
     def losses(self, module: ObjectiveModule, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Scalars of a batch, each a mean over its images; "loss" is minimised.
 
-        `batch` holds "images" (b, 3, h, w), normalised, and "targets" (b, classes), rows that sum to 1.
+        `batch` holds "images" (b, 3, h, w), normalised, and "targets" (b, classes): of one label an image rows that sum
+        to 1, of several 1 for each, both mixed after mixup and cutmix.
         """
         raise NotImplementedError
 

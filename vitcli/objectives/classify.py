@@ -1,4 +1,4 @@
-"""Classification: one label an image, or a mixture of labels after mixup and cutmix."""
+"""Classification: one label an image or several, or a mixture of them after mixup and cutmix."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from vitcli.errors import RecipeError
 from vitcli.objectives import Objective
 
 if TYPE_CHECKING:
@@ -26,6 +27,20 @@ class Classify(Objective):
     class_weights: Literal["none", "inverse", "effective"] = Field(
         "none", description="what an image counts: 1 / images of its class, or 1 / their effective number"
     )
+
+    def check(self, *, multi_label: bool) -> None:
+        """Several labels an image need a loss whose classes do not exclude one another, and have no one weight."""
+        if multi_label and self.loss != "sigmoid":
+            message = (
+                f"the images have several labels each, and in objective.loss: {self.loss} classes exclude one another"
+            )
+            raise RecipeError(message, "--set objective.loss=sigmoid")
+        if multi_label and self.class_weights != "none":
+            message = (
+                f"objective.class_weights: {self.class_weights} weighs an image by its class, and these have several"
+            )
+            hint = "--set objective.class_weights=none; for rare classes more often: --set data.sampling=repeat_factor"
+            raise RecipeError(message, hint)
 
     def constants(self, counts: Sequence[int]) -> dict[str, Tensor]:
         """{"class_weights"} (classes,)."""

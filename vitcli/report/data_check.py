@@ -22,7 +22,8 @@ def lines(check: Check) -> Iterator[str]:
     """A summary, with the first findings of each kind."""
     for split, count in check.images.items():
         sizes = sorted(check.classes[split].values())
-        yield f"{split}\t{count:,} images, {len(sizes):,} classes of {sizes[0]:,} to {sizes[-1]:,}"
+        bare = f", {check.unlabelled[split]:,} without a label" if split in check.unlabelled else ""
+        yield f"{split}\t{count:,} images, {len(sizes):,} classes of {sizes[0]:,} to {sizes[-1]:,}{bare}"
     for name, counts in (("modes", check.modes), ("formats", check.formats)):
         yield f"{name}\t{', '.join(f'{kind} {count:,}' for kind, count in counts.items())}"
     if check.sizes:
@@ -59,7 +60,7 @@ def draw(check: Check, picture: Path) -> None:
     for axes, split in zip(figure.subplots(len(splits), squeeze=False)[:, 0], splits, strict=True):
         ranked = sorted(check.classes[split].items(), key=lambda item: -item[1])
         heights = [count for _, count in ranked]
-        axes.set_title(f"{split}: {sum(heights):,} images of {len(heights):,} classes")
+        axes.set_title(f"{split}: {check.images[split]:,} images of {len(heights):,} classes")
         if len(ranked) <= NAMED:
             axes.bar(range(len(heights)), heights, color="#1f6feb")
             names = [name if len(name) <= 24 else f"{name[:23]}…" for name in map(printable, dict(ranked))]

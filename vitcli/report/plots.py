@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitcli import storage
+from vitcli.history import MEASURES, measure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,18 +17,19 @@ if TYPE_CHECKING:
 
 
 def draw_results(metrics: Path, picture: Path, title: str) -> None:
-    """Draw metrics.jsonl: training and validation loss, top-1 and the learning rate over the steps."""
+    """Draw metrics.jsonl: training and validation loss, top-1 or mAP, and the learning rate over the steps."""
     rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-    figure, (loss, top1, lr) = _figure()
+    key = measure(rows)
+    figure, (loss, score, lr) = _figure([key])
     loss.plot(*_curve(rows, "loss"), color="#9aa5b1", label="training")
     loss.plot(*_curve(rows, "val_loss"), color="#1f6feb", marker=".", label="validation")
     loss.legend(frameon=False)
-    steps, scores = _curve(rows, "val_top1", 100)
-    top1.plot(steps, scores, color="#1f6feb", marker=".")
+    steps, scores = _curve(rows, key, 100)
+    score.plot(steps, scores, color="#1f6feb", marker=".")
     if scores:
         best = max(range(len(scores)), key=scores.__getitem__)
         place = (steps[best], scores[best])
-        top1.annotate(f"{scores[best]:.2f}%", place, (0, -16), textcoords="offset points", ha="center", va="top")
+        score.annotate(f"{scores[best]:.2f}%", place, (0, -16), textcoords="offset points", ha="center", va="top")
     lr.plot(*_curve(rows, "lr"), color="#d97706")
     figure.suptitle(title)
     _save(figure, picture)
@@ -34,17 +37,19 @@ def draw_results(metrics: Path, picture: Path, title: str) -> None:
 
 def draw_comparison(logs: dict[str, list[Row]], picture: Path) -> None:
     """Draw the same of several runs, by name, each in its own colour: training loss thin, validation thick."""
-    figure, (loss, top1, lr) = _figure()
+    keys = {name: measure(rows) for name, rows in logs.items()}
+    figure, (loss, score, lr) = _figure(keys.values())
     for number, (name, rows) in enumerate(logs.items()):
         loss.plot(*_curve(rows, "loss"), color=f"C{number}", linewidth=0.7)
         loss.plot(*_curve(rows, "val_loss"), color=f"C{number}", marker=".")
-        top1.plot(*_curve(rows, "val_top1", 100), color=f"C{number}", marker=".", label=name.replace("$", r"\$"))
+        score.plot(*_curve(rows, keys[name], 100), color=f"C{number}", marker=".", label=name.replace("$", r"\$"))
         lr.plot(*_curve(rows, "lr"), color=f"C{number}")
-    top1.legend(frameon=False)
+    score.legend(frameon=False)
     _save(figure, picture)
 
 
-def _figure() -> tuple[Any, list[Axes]]:
+def _figure(keys: Iterable[str]) -> tuple[Any, list[Axes]]:
+    """Axes for the loss, what the runs are chosen by, and the learning rate."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -52,7 +57,8 @@ def _figure() -> tuple[Any, list[Axes]]:
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     places = list(figure.subplots(1, 3))
-    for axes, title in zip(places, ("loss", "validation top-1 (%)", "learning rate"), strict=True):
+    measures = " and ".join(dict.fromkeys(MEASURES[key] for key in keys if key)) or "score"
+    for axes, title in zip(places, ("loss", f"validation {measures} (%)", "learning rate"), strict=True):
         axes.set_title(title)
         axes.set_xlabel("step")
         axes.grid(alpha=0.25)

@@ -67,6 +67,6 @@ class Progress:
             self._printed = time.monotonic()
             self.note(f"step {step}/{self.steps}  " + "  ".join(values))
 
-    def scored(self, step: int, loss: float, top1: float, best: bool) -> None:
-        """An evaluation is done."""
-        self.note(f"step {step}/{self.steps}  val loss {loss:.4f}  top-1 {top1:.2%}{'  (best)' if best else ''}")
+    def scored(self, step: int, loss: float, measure: str, value: float, best: bool) -> None:
+        """An evaluation is done; its `measure` is top-1 or mAP."""
+        self.note(f"step {step}/{self.steps}  val loss {loss:.4f}  {measure} {value:.2%}{'  (best)' if best else ''}")

@@ -19,7 +19,7 @@ UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
 def lines(runs: Iterable[Past]) -> Iterator[str]:
-    """A line each: folder, step, best top-1, state, size, age, with tabs between."""
+    """A line each: folder, step, best top-1 or mAP, state, size, age, with tabs between."""
     return ("\t".join(_cells(run)) for run in runs)
 
 
@@ -40,7 +40,7 @@ def comparison(logs: dict[str, list[Row]], recipes: dict[str, dict[str, Any]]) -
     """Each curve of each run on one scale, with its best and last value; then the keys in which the recipes differ."""
     width = max(map(len, logs))
     end = max((row["step"] for rows in logs.values() for row in rows), default=0)
-    for key, best in (("loss", min), ("val_loss", min), ("val_top1", max)):
+    for key, best in (("loss", min), ("val_loss", min), ("val_top1", max), ("val_map", max)):
         curves = {name: [(row["step"], row[key]) for row in rows if key in row] for name, rows in logs.items()}
         values = [value for curve in curves.values() for _, value in curve]
         if values:
@@ -62,7 +62,7 @@ def _cells(run: Past) -> tuple[str, ...]:
     return (
         printable(str(run.path)),
         f"{run.step:,}/{'?' if run.steps is None else f'{run.steps:,}'}",
-        "-" if run.best is None else f"{run.best:.2%}",
+        "-" if run.best is None else f"{run.best:.2%}{' mAP' if run.measure == 'mAP' else ''}",
         run.state,
         f"{run.size / 1e6:,.1f} MB",
         f"{age / seconds:.0f} {unit} ago",

@@ -14,10 +14,11 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from vitcli.exporters import HeldOut, Report
-    from vitcli.inference import Answer, Scores
+    from vitcli.inference import Answer, Guess
     from vitcli.plan import Plan
     from vitcli.recipe import Recipe
     from vitcli.report.doctor import Finding
+    from vitcli.scoring import Scores
     from vitcli.train import Outcome
 
 CSV_HEADER = ("path", "rank", "class", "name", "probability", "error")
@@ -34,7 +35,7 @@ def to_json(value: Any) -> str:
 
 
 def answers_table(answers: Iterable[Answer]) -> Table:
-    """The answers with a bar for each probability."""
+    """The answers with a bar for each probability; where an image may be of several classes, * marks its own."""
     table = Table("image", "class", "probability", "", box=None, pad_edge=False)
     for answer in answers:
         path = Text(printable(answer.path), overflow="fold")
@@ -42,15 +43,15 @@ def answers_table(answers: Iterable[Answer]) -> Table:
             table.add_row(path, Text(printable(answer.error), style="red"))
         for guess in answer.top:
             bar = ProgressBar(total=1.0, completed=guess.probability, width=20)
-            table.add_row(path, Text(printable(guess.name)), f"{guess.probability:7.2%}", bar)
+            table.add_row(path, Text(_marked_name(guess)), f"{guess.probability:7.2%}", bar)
             path = Text()
     return table
 
 
 def answers_lines(answers: Iterable[Answer]) -> Iterator[str]:
-    """A line an image: path, then probability and name of each class, with tabs between."""
+    """A line an image: path, then probability and name of each class, with tabs between, and * as in the table."""
     for answer in answers:
-        cells = [cell for guess in answer.top for cell in (f"{guess.probability:.4f}", printable(guess.name))]
+        cells = [cell for guess in answer.top for cell in (f"{guess.probability:.4f}", _marked_name(guess))]
         yield "\t".join([printable(answer.path), *(cells or [f"error: {printable(answer.error or '')}"])])
 
 
@@ -64,14 +65,19 @@ def answers_jsonl(answers: Iterable[Answer]) -> Iterator[str]:
     return (to_json(_answer(answer)) for answer in answers)
 
 
-def answers_csv(answers: Iterable[Answer]) -> Iterator[str]:
-    """A header, then a line a class; a cell that a spreadsheet would take for a formula starts with '."""
-    yield _csv_line(CSV_HEADER)
+def answers_csv(answers: Iterable[Answer], multi_label: bool = False) -> Iterator[str]:
+    """A header, then a line a class; a cell that a spreadsheet would take for a formula starts with '.
+
+    Where an image may be of several classes, the last column says whether the class applies.
+    """
+    last = ("applies",) if multi_label else ()
+    yield _csv_line((*CSV_HEADER, *last))
     for answer in answers:
         if answer.error is not None:
-            yield _csv_line((answer.path, "", "", "", "", answer.error))
+            yield _csv_line((answer.path, "", "", "", "", answer.error, *("" for _ in last)))
         for place, guess in enumerate(answer.top, start=1):
-            yield _csv_line((answer.path, str(place), guess.id, guess.name, f"{guess.probability:.6g}", ""))
+            cells = (answer.path, str(place), guess.id, guess.name, f"{guess.probability:.6g}", "")
+            yield _csv_line((*cells, *(str(guess.applies).lower() for _ in last)))
 
 
 def scores_lines(scores: Scores) -> Iterator[str]:
@@ -135,7 +141,9 @@ def plan_lines(plan: Plan, recipe: Recipe) -> Iterator[str]:
 
 def outcome_lines(outcome: Outcome) -> Iterator[str]:
     """How a run ended well, and what to type next."""
-    best = f"best top-1 {outcome.best_score:.2%} at step {outcome.best_step}" if outcome.best_score is not None else ""
+    best = ""
+    if outcome.best_score is not None:
+        best = f"best {outcome.measure} {outcome.best_score:.2%} at step {outcome.best_step}"
     yield f"{outcome.run}: {outcome.steps} steps in {outcome.seconds:.0f} s, {best}"
     if outcome.bad_images:
         yield f"{outcome.bad_images} unreadable images were replaced; train.log names them"
@@ -195,8 +203,16 @@ def _held_out(scores: HeldOut) -> str:
 def _answer(answer: Answer) -> dict[str, Any]:
     if answer.error is not None:
         return {"path": answer.path, "error": answer.error}
-    top = [{"class": guess.id, "name": guess.name, "probability": guess.probability} for guess in answer.top]
-    return {"path": answer.path, "top": top}
+    return {"path": answer.path, "top": list(map(_guess, answer.top))}
+
+
+def _guess(guess: Guess) -> dict[str, Any]:
+    facts = {"class": guess.id, "name": guess.name, "probability": guess.probability}
+    return facts if guess.applies is None else facts | {"applies": guess.applies}
+
+
+def _marked_name(guess: Guess) -> str:
+    return printable(guess.name) + (" *" if guess.applies else "")
 
 
 def _csv_line(cells: Iterable[str]) -> str:
@@ -215,11 +231,8 @@ def _scores(scores: Scores) -> list[tuple[str, str]]:
         ("images", f"{scores.images:,}"),
         ("classes", f"{scores.seen:,} of {scores.classes:,}"),
         ("loss", f"{scores.loss:.4f}"),
-        ("top-1", f"{scores.top1:.2%}"),
-        ("top-5", f"{scores.top5:.2%}"),
+        *((name, f"{value:.2%}") for name, value in scores.shares.items()),
     ]
-    if scores.top1_seen is not None:
-        lines.append((f"top-1 among the {scores.seen:,} classes", f"{scores.top1_seen:.2%}"))
     if scores.bad:
         lines.append(("unreadable, not scored", f"{len(scores.bad):,}"))
     speed = f"{scores.images_per_second:,.0f} images/s, {scores.waiting / scores.seconds:.0%} of it waiting for data"

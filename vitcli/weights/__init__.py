@@ -37,7 +37,8 @@ class Foreign:
     `state` (float32, on the CPU) loads strictly into `config.build(head_classes, image_size)`; `head_classes` is 0
     where the file has no head. `preprocessing` holds keys of `data.Preprocessing`, from the file or by the format's
     convention. `classes` are names in the order of the logits, None where the file has none, and () where the head's
-    outputs are no classes but an embedding, as CLIP's.
+    outputs are no classes but an embedding, as CLIP's. `thresholds` are the probabilities from which on each class
+    applies, where an image may be of several; else None.
     """
 
     format: str
@@ -47,6 +48,7 @@ class Foreign:
     image_size: tuple[int, int]
     preprocessing: dict[str, Any] = field(default_factory=dict)
     classes: tuple[str, ...] | None = None
+    thresholds: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,8 @@ def _settle(foreign: Foreign, rest: Tensors) -> None:
 
     if foreign.classes and len(foreign.classes) != foreign.head_classes:
         raise CheckpointError(f"it names {len(foreign.classes)} classes, and its head has {foreign.head_classes}")
+    if foreign.thresholds and len(foreign.thresholds) != foreign.head_classes:
+        raise CheckpointError(f"it has {len(foreign.thresholds)} thresholds for {foreign.head_classes} classes")
     if missing := expected.keys() - foreign.state.keys():
         raise CheckpointError(f"missing from what looks like a {foreign.format} file: {_some(missing)}")
     if unexpected := set(rest) | (foreign.state.keys() - expected.keys()):

@@ -36,6 +36,9 @@ def card(foreign: Foreign, pixels: Pixels, class_name: str) -> str:
     ]
     if foreign.classes:
         lines += ["", f"## Its {len(foreign.classes)} classes", "", _classes(foreign.classes)]
+    if foreign.thresholds:
+        several = "An image may be of several: a class applies where the sigmoid of its logit reaches its threshold"
+        lines += ["", f"{several}, the `vitcli.thresholds` in config.json."]
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,6 @@
 """config.json of transformers, in and out: which class a model is, and with which numbers."""
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -10,6 +10,7 @@ from vitcli.weights import Foreign
 from vitcli.weights._json import Pixels, checked
 
 FILE = "config.json"
+MULTI_LABEL = "multi_label_classification"
 OWN = "vitcli"  # the key under which our files hold what transformers has no word for
 HALF = (0.5, 0.5, 0.5)
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -66,6 +67,7 @@ class Own(BaseModel):
     posemb_class: bool = True
     posemb_resize: str | None = None
     preprocessing: Pixels | None = None
+    thresholds: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
 
 
 class Config(BaseModel):
@@ -80,6 +82,7 @@ class Config(BaseModel):
     layerscale_value: float = Field(1.0, gt=0)
     pooler_act: str = "tanh"
     id2label: dict[int, str] = Field(default_factory=dict)
+    problem_type: str | None = None
     vitcli: Own = Own()
 
     def conventions(self, name: str) -> dict[str, Any]:
@@ -108,6 +111,12 @@ class Config(BaseModel):
             raise CheckpointError(f"{FILE} names {len(self.id2label)} classes, the head has {count}")
         names = tuple(self.id2label[index] for index in range(count))
         return None if names == _labels(count) else names
+
+    def thresholds(self, count: int) -> tuple[float, ...] | None:
+        """The head's, where an image may be of several classes; transformers itself knows that, but no thresholds."""
+        if not count or self.problem_type != MULTI_LABEL:
+            return None
+        return self.vitcli.thresholds or (0.5,) * count
 
 
 def read(found: dict[str, Any]) -> Config:
@@ -153,11 +162,13 @@ def write(foreign: Foreign, pixels: Pixels) -> dict[str, Any]:
         **numbers,
         "id2label": {str(index): name for index, name in enumerate(labels)},
         "label2id": {name: index for index, name in enumerate(labels)},
+        **({} if foreign.thresholds is None else {"problem_type": MULTI_LABEL}),
         "dtype": "float32",
         OWN: {
             "posemb_class": c.posemb_class,
             "posemb_resize": c.posemb_resize,
             "preprocessing": pixels.model_dump(mode="json"),
+            "thresholds": foreign.thresholds,
         },
     }
 

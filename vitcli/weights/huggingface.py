@@ -141,6 +141,7 @@ def read(tensors: Tensors, beside: Beside) -> Foreign:
         image_size=image_size,
         preprocessing=pixels.model_dump(),
         classes=() if family == "clip" and classes else found.names(classes),
+        thresholds=found.thresholds(classes),
     )
     return stretched(foreign, pixels.res)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import TypeAdapter
 
+from vitcli.errors import RecipeError
 from vitcli.schema import Schema, one_of
 
 if TYPE_CHECKING:
@@ -28,9 +29,9 @@ Split = Literal["train", "val"]
 class Dataset(ABC):
     """Labelled images in a fixed order.
 
-    `classes` are names, in the order of the labels; `labels` is int64 of shape (n,). `identity` tells the images
-    apart from those of another set, wherever they lie: from their relative paths, or the name of the set. `notes` are
-    what a person should know of it.
+    `classes` are names, in the order of the labels; `labels` is int64 (n,), or bool (n, classes) where an image may be
+    of several classes, or of none. `identity` tells the images apart from those of another set, wherever they lie: from
+    their relative paths, or the name of the set. `notes` are what a person should know of it.
     """
 
     classes: tuple[str, ...]
@@ -41,6 +42,18 @@ class Dataset(ABC):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may be of several classes."""
+        return self.labels.ndim == 2
+
+    @property
+    def counts(self) -> np.ndarray:
+        """The images of each class: int64 (classes,)."""
+        if self.multi_label:
+            return np.count_nonzero(self.labels, axis=0)
+        return np.bincount(self.labels, minlength=len(self.classes))
 
     @abstractmethod
     def image(self, index: int) -> Image.Image:
@@ -90,12 +103,21 @@ class Source(Schema):
 AnySource: Any = one_of(__name__, Source)
 
 
-def described(path: str) -> dict[str, Any]:
+def described(path: str, separator: str | None = None) -> dict[str, Any]:
     """The source that a path on the command line means, as a recipe spells it.
 
     A folder is one of shards where it holds tars, of Hugging Face's Parquet where it holds that, else one of class
-    folders; a .csv or .parquet is a table.
+    folders; a .csv or .parquet is a table. Raises RecipeError for a `separator` that is not a table's.
     """
+    tree = _described(path)
+    if separator is None:
+        return tree
+    if tree["name"] != "table" or not separator:
+        raise RecipeError("--separator is what stands between the labels of a table", "as --data t.csv --separator ';'")
+    return tree | {"separator": separator}
+
+
+def _described(path: str) -> dict[str, Any]:
     if "://" in path:
         return {"name": "shards", "path": path}
     if path == "digits" and not os.path.exists(path):

@@ -47,6 +47,14 @@ def holds_images(table: Any, column: str) -> bool:
     return pyarrow.types.is_struct(kind) or pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
 
 
+def holds_lists(table: Any, column: str) -> bool:
+    """Whether a cell of a column is a list."""
+    from pyarrow import types
+
+    kind = table.schema_arrow.field(column).type
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+
+
 def values(table: Any, column: str) -> Iterator[Any]:
     """A column's values as Python's, a row group in memory at a time."""
     for group in range(table.num_row_groups):
@@ -58,8 +66,9 @@ def class_names(table: Any, column: str) -> tuple[str, ...] | None:
     try:
         described = json.loads((table.schema_arrow.metadata or {})[b"huggingface"])
         feature = described["info"]["features"][column]
-        names = feature.get("feature", feature)["names"]  # of a list of labels it is one deeper
-    except (KeyError, ValueError, TypeError, AttributeError):
+        feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)  # one deeper in a list
+        names = feature["names"]
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError):
         return None
     return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 

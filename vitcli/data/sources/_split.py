@@ -49,16 +49,23 @@ class Subset(Dataset):
 def share(whole: Dataset, held_out: float, split: Split, name: str) -> Dataset:
     """Hold out a share of each class: at least one image, and never the last one. The choice depends on no seed.
 
-    Raises DataError if none can be held out of `name`.
+    Where an image may be of several classes, it is a share of all images. Raises DataError if none can be held out of
+    `name`.
     """
     val = np.zeros(len(whole), dtype=bool)
-    by_class = np.argsort(whole.labels, kind="stable")
-    ends = np.cumsum(np.bincount(whole.labels, minlength=len(whole.classes)))
-    for label, own in enumerate(np.split(by_class, ends[:-1])):
+    for number, own in enumerate(_groups(whole)):
         count = min(max(1, round(held_out * len(own))), len(own) - 1)
         if count > 0:
-            val[rng.generator(0, Stream.SPLIT, label).permutation(own)[:count]] = True
+            val[rng.generator(0, Stream.SPLIT, number).permutation(own)[:count]] = True
     chosen = np.flatnonzero(val == (split == "val"))
     if not len(chosen):
-        raise DataError(f"each class of {name!r} has one image, so none can be held out", "add images, or a val split")
+        few = f"{name!r}" if whole.multi_label else f"each class of {name!r}"
+        raise DataError(f"{few} has one image, so none can be held out", "add images, or a val split")
     return Subset(whole, chosen)
+
+
+def _groups(whole: Dataset) -> list[np.ndarray]:
+    """The images of each class, or all together where classes overlap."""
+    if whole.multi_label:
+        return [np.arange(len(whole))]
+    return np.split(np.argsort(whole.labels, kind="stable"), np.cumsum(whole.counts)[:-1])
