@@ -1,6 +1,7 @@
 """Writing beside training: in order, bounded, nothing lost, errors told."""
 
 import threading
+import time
 
 import pytest
 from command import until
