@@ -6,6 +6,7 @@ same step. The first (rank 0) alone writes and speaks.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -216,7 +217,12 @@ def _run(words: list[str], count: int, variables: dict[str, str], stop: Stop) ->
     variables = os.environ | variables | {"WORLD_SIZE": str(count), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
     command = [sys.executable, "-m", "vitcli", *words]
-    workers = [subprocess.Popen(command, env=variables | {"RANK": str(rank)}) for rank in range(count)]  # noqa: S603
+    workers = [
+        subprocess.Popen(  # noqa: S603
+            command, env=variables | {"RANK": str(rank)}, start_new_session=True, preexec_fn=_end_with_parent
+        )
+        for rank in range(count)
+    ]
     told, failed = False, None
     while None in (codes := [worker.poll() for worker in workers]):
         time.sleep(0.1)
@@ -230,6 +236,12 @@ def _run(words: list[str], count: int, variables: dict[str, str], stop: Stop) ->
             for worker in workers:
                 worker.kill()
     return [code for code in codes if code is not None]
+
+
+def _end_with_parent() -> None:
+    """Have SIGTERM sent to this process when the one that started it dies, however it dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
