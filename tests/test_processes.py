@@ -5,6 +5,7 @@ Run on CPUs by torchrun's own launcher, as `vit pretrain --gpus` starts them.
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,9 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import Said, Vit, finish, process, sets
+from command import TINY, Said, Vit, finish, process, sets
 from safetensors.torch import load_file
 from torch.distributed import TCPStore  # noqa: TID251
+from zygote import until
 
 from vitcli import processes, run
 from vitcli.engine import exact_size
@@ -240,6 +242,87 @@ def test_the_newest_run_of_a_launch_is_continued(monkeypatch, tmp_path):
     assert run.launched("none", Path("runs/quickstart"), "quickstart") == Path("runs/quickstart")
 
 
+@pytest.fixture
+def damaged(tmp_path, photos):
+    """`photos`, where every eighth training image cannot be read: 10 of 80."""
+    root = tmp_path / "photos"
+    shutil.copytree(photos, root)
+    for index in range(0, 40, 8):
+        for name in "ab":
+            (root / f"train/{name}/{index:02}.png").write_bytes(b"broken")
+    return root
+
+
+def replacing(root: Path, share: float, *further: str) -> list[str]:
+    """Training over images some of which are replaced: five updates an epoch, for four epochs."""
+    source = f"data.source={{name: folder, path: {root}}}"
+    length = "steps=20", "optim.warmup_steps=2", "batch=16", "log_every=3", "save_every=4"
+    return sets(*TINY, source, "data.classes=2", f"data.bad_images={share}", *length, *further)
+
+
+def replaced(run: Path) -> list[str]:
+    return sorted(line[20:] for line in (run / "train.log").read_text().splitlines() if "unreadable" in line)
+
+
+def bad_images(run: Path) -> list[int]:
+    return json.loads((max((run / "checkpoints").iterdir()) / "state.json").read_text())["bad_images"]
+
+
+def test_unreadable_images_are_counted_once_by_all_processes_together(tmp_path, damaged):
+    settings = replacing(damaged, 0.125)
+    said = alone("pretrain", "quickstart", *settings, "--run", "one", "--json", cwd=tmp_path)
+    assert said.json["bad_images"] == 10
+    assert len(replaced(tmp_path / "one")) == 10
+    assert several(2, "pretrain", "quickstart", *settings, "--run", "two", cwd=tmp_path) == 0
+    assert replaced(tmp_path / "two") == replaced(tmp_path / "one")
+    assert bad_images(tmp_path / "two") == bad_images(tmp_path / "one") == [*range(0, 80, 8)]
+
+
+def test_unreadable_images_are_counted_to_the_same_after_an_interruption(capsys, monkeypatch, tmp_path, damaged):
+    monkeypatch.chdir(tmp_path)
+    vit = Vit(capsys, monkeypatch)
+    settings = replacing(damaged, 0.125, "save_every=1", "keep_last=99")
+    assert vit("pretrain", "quickstart", *settings, "--run", "one").code == 0
+    shutil.copytree("one", "again")
+    for later in sorted(Path("again/checkpoints").iterdir())[2:]:
+        shutil.rmtree(later)
+    assert 0 < len(bad_images(Path("again"))) < 10
+    assert vit("pretrain", "--resume", "again", "--json").json["bad_images"] == 10
+    assert bad_images(Path("again")) == bad_images(Path("one"))
+
+
+def test_more_unreadable_images_than_allowed_end_training(capsys, monkeypatch, tmp_path, damaged):
+    monkeypatch.chdir(tmp_path)
+    said = Vit(capsys, monkeypatch)("pretrain", "quickstart", *replacing(damaged, 0.1), "--run", "one")
+    assert said.code == 3
+    assert "of 80 images so far cannot be read, more than data.bad_images=0.1 allows; train.log names them" in said.err
+    assert len(replaced(Path("one"))) in (9, 10)
+
+
+@pytest.mark.slow
+def test_all_processes_together_may_replace_no_more_than_one(tmp_path, damaged):
+    assert several(2, "pretrain", "quickstart", *replacing(damaged, 0.1), "--run", "two", cwd=tmp_path) == 3
+    assert told(tmp_path).count("error:") == 1
+    assert "of 80 images so far cannot be read, more than data.bad_images=0.1 allows" in told(tmp_path)
+
+
+@pytest.mark.slow
+def test_an_unreadable_image_of_one_process_is_told_by_it(tmp_path, damaged):
+    """Image 8 is in the share of process 0 or 1 alone; the other only loses it."""
+    assert several(2, "pretrain", "quickstart", *replacing(damaged, 0.0), "--run", "two", cwd=tmp_path) == 3
+    assert re.search(r"error: .*/train/[ab]/\d\d.png: not an image", told(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["ddp", "fsdp"])
+def test_an_unreadable_image_that_is_held_out_ends_all_processes(tmp_path, damaged, shard):
+    (damaged / "val/a/01.png").write_bytes(b"broken")
+    settings = replacing(damaged, 1.0, f"runtime.shard={shard}", "runtime.timeout=60")
+    assert several(2, "pretrain", "quickstart", *settings, "--run", "two", cwd=tmp_path) == 3
+    assert told(tmp_path).count("error:") == 1
+    assert "val/a/01.png: not an image" in told(tmp_path)
+
+
 def test_a_mistake_is_told_once_and_not_made_again(tmp_path):
     assert several(2, "pretrain", "quickstart", *sets(*RUN, "batch=2000"), cwd=tmp_path) == 3
     assert told(tmp_path).splitlines() == [
@@ -328,6 +411,15 @@ def test_a_signal_to_the_command_ends_it_with_a_checkpoint(tmp_path, number):
     step = int(max((tmp_path / "two/checkpoints").iterdir()).name[5:])
     assert told(tmp_path).count("error:") == 1
     assert f"stopped by signal {number} after step {step} of 100000, which is saved" in told(tmp_path)
+
+
+@pytest.mark.slow
+def test_processes_end_with_a_checkpoint_when_their_launcher_is_killed(tmp_path):
+    launcher = started(2, "pretrain", "quickstart", *sets(*RUN, "steps=100000"), "--run", "two", cwd=tmp_path)
+    reached(tmp_path / "two", 6)
+    launcher.kill()
+    launcher.wait()
+    until(lambda: "which is saved" in told(tmp_path))
 
 
 @pytest.mark.slow

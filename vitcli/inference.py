@@ -179,12 +179,18 @@ def score(
     else:
         device = predictor.runtime.device if isinstance(predictor, TorchPredictor) else torch.device("cpu")
         loaded = eval_batches(
-            predictor.preprocessing, dataset, batch=batch, workers=workers, share=share, device=device
+            predictor.preprocessing,
+            dataset,
+            batch=batch,
+            workers=workers,
+            share=share,
+            neighbours=processes.neighbours,
+            device=device,
         )
     with closing(loaded) as parts:  # pyright: ignore[reportArgumentType] (a generator, which ends its processes)
         for part in parts:
             waiting += time.monotonic() - asked
-            bad += part.get("bad", [])
+            bad += part.get("bad", {}).values()
             if bad and not allow_bad:
                 break
             if len(part["labels"]):
@@ -205,7 +211,7 @@ def score(
     counts = zip(*processes.all((images, loss, top1, top5, top1_seen)), strict=True)
     images, loss, top1, top5, top1_seen = map(sum, counts)
     if bad and not allow_bad:
-        raise DataError(str(bad[0]), "mend or remove it, or leave such images out with --allow-bad")
+        raise DataError(bad[0], "mend or remove it, or leave such images out with --allow-bad")
     if not math.isfinite(loss):
         raise NumericsError(f"{predictor.origin} answers with NaN or infinity")
     if not images:
@@ -218,7 +224,7 @@ def score(
         top1_seen=top1_seen / images if len(seen) < len(predictor.classes) else None,
         seen=len(seen),
         classes=len(predictor.classes),
-        bad=tuple(map(str, bad)),
+        bad=tuple(bad),
         seconds=time.monotonic() - begin,
         waiting=waiting,
     )
@@ -235,7 +241,7 @@ def _one_by_one(dataset: Dataset, share: Sequence[int]) -> Iterator[Batch]:
         try:
             image = pixels(dataset.image(index))
         except BadImage as error:
-            yield {"labels": torch.empty(0, dtype=torch.int64), "bad": [error]}
+            yield {"labels": torch.empty(0, dtype=torch.int64), "bad": {index: str(error)}}
         else:
             yield {"images": image[None], "labels": torch.from_numpy(dataset.labels[index : index + 1])}
 
