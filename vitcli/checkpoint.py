@@ -60,7 +60,8 @@ class Position:
     log_bytes: int = 0
     # Sums since the last line of metrics.jsonl: "images", and each of the objective's scalars times images.
     sums: dict[str, float] = field(default_factory=dict)
-    bad_images: int = 0
+    # Indices of the training images that could not be read and were replaced, in order.
+    bad_images: list[int] = field(default_factory=list)
     # Updates that were skipped because their gradient was not finite.
     skipped: int = 0
     skipped_in_a_row: int = 0

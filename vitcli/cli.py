@@ -339,11 +339,12 @@ def doctor(json: Json = False) -> None:
 
 
 def _resume(run: Path, json: bool, gpus: int | None, profile: int) -> None:
-    if gpus:
-        _launch(gpus)
     from vitcli import launch
 
-    _finish(launch.resume(run, profile), json)
+    recipe = launch.recipe_of(run)
+    if gpus:
+        _launch(gpus)
+    _finish(launch.resume(run, recipe, profile), json)
 
 
 def _launch(gpus: int) -> None:
@@ -354,7 +355,7 @@ def _launch(gpus: int) -> None:
     if "--gpus" in words:
         at = words.index("--gpus")
         del words[at : at + 2]
-    raise typer.Exit(processes.launch(words, processes.visible(gpus)))
+    raise typer.Exit(processes.launch(words, processes.visible(gpus), lambda note: err.print(note, highlight=False)))
 
 
 def _finish(outcome: Outcome, json: bool) -> None:

@@ -44,7 +44,7 @@ class Engine:
         if self._replicated:
             from torch.nn.parallel import DistributedDataParallel
 
-            ids = [processes.local] if device.type == "cuda" else None
+            ids = [device] if device.type == "cuda" else None
             replicated = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
             # Buffers are constants here, and a process that repeats an update would send them alone.
             replicated.broadcast_buffers = False

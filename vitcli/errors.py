@@ -52,9 +52,9 @@ class LockedError(UserError):
 
 
 class ProcessError(UserError):
-    """Processes that train together lost one another."""
+    """Processes that train together lost one another: to start them again may help."""
 
-    exit_code = 1
+    exit_code = 75
 
 
 class StorageError(UserError):

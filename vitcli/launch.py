@@ -33,12 +33,12 @@ def begin(
 
     So many updates are to `profile`.
 
-    Where torchrun starts its processes again after one was lost, the run that they had begun is continued.
+    Where processes are started again after one was lost, the run that they had begun is continued.
     """
-    trackers.require(recipe.track)
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
 
     def create() -> Run:
+        trackers.require(recipe.track)
         run = runs.create(Path(name).stem, folder)
         run.write("recipe.yaml", recipe_files.text(name))
         if ckpt:
@@ -49,22 +49,32 @@ def begin(
         err.print(f"run folder {run.path}", highlight=False)
         return run
 
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-        return resume(runs.launched(launch, folder, Path(name).stem), profile)
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if again and (begun := runs.launched(launch, folder, Path(name).stem)):
+        return resume(begun, recipe_of(begun), profile)
     with processes.start(recipe.runtime.timeout) as several, _shared(several, create) as run:
         return fit(recipe, run, _progress(run), trained, several, profile)
 
 
-def resume(folder: Path, profile: int = 0) -> Outcome:
-    """Train on in an old run folder; one that was killed before its first checkpoint starts again as it began."""
-    resolved, start = folder / "recipe.resolved.yaml", folder / "start.json"
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe of an old run folder."""
+    resolved = folder / "recipe.resolved.yaml"
     if not resolved.is_file():
         raise CheckpointError(
             f"{folder} is not a run folder: it has no {resolved.name}", "--resume takes a folder under runs/"
         )
-    recipe = recipes.load(resolved)
-    trackers.require(recipe.track)
-    with processes.start(recipe.runtime.timeout) as several, _shared(several, lambda: Run(folder)) as run:
+    return recipes.load(resolved)
+
+
+def resume(folder: Path, recipe: Recipe, profile: int = 0) -> Outcome:
+    """Train on in an old run folder; one that was killed before its first checkpoint starts again as it began."""
+    start = folder / "start.json"
+
+    def reopen() -> Run:
+        trackers.require(recipe.track)
+        return Run(folder)
+
+    with processes.start(recipe.runtime.timeout) as several, _shared(several, reopen) as run:
         fresh = not any(run.checkpoints.iterdir())
         if fresh and (folder / "last").exists():
             raise CheckpointError(

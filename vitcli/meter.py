@@ -1,4 +1,4 @@
-"""What training counts between two lines of its log: means, speed, waiting, and updates that were skipped."""
+"""What training counts between two lines of its log: means, speed, waiting, and what went wrong."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ class Meter:
     """Means of the objective's scalars, speed and waiting since the last line of the log.
 
     Nothing here waits for the device but `read` and `settle`. The sums are kept in `position`, and so in a
-    checkpoint, with the number of updates that were skipped because their gradient was not finite. They are those of
-    all `processes`, which call `settle` together.
+    checkpoint, with the number of updates that were skipped because their gradient was not finite, and the images that
+    were unreadable. They are those of all `processes`, which call `settle` and `unreadable` together.
     """
 
     def __init__(self, position: Position, processes: Processes):
         self._position, self._processes = position, processes
         self._sums: dict[str, Any] = dict(position.sums) if processes.first else {}
         self._finite: list[tuple[int, Tensor]] = []
+        self._unreadable: dict[int, str] = {}
         self._restart()
 
     def _restart(self) -> None:
@@ -50,6 +51,18 @@ class Meter:
         done = {"images": images} | {name: value * images for name, value in (losses | {"grad_norm": norm}).items()}
         _add(self._sums, {name: (finite * value).where(finite, 0.0) for name, value in done.items()})
         self._finite.append((step, finite))
+
+    def replaced(self, images: dict[int, str]) -> None:
+        """Others came in place of these: what is wrong with the image of an index."""
+        self._unreadable |= images
+
+    def unreadable(self) -> list[str]:
+        """What is wrong with each image that was replaced for the first time; `position` then knows it."""
+        found = {index: wrong for part in self._processes.all(self._unreadable) for index, wrong in part.items()}
+        new = sorted(found.keys() - set(self._position.bad_images))
+        self._position.bad_images = sorted([*self._position.bad_images, *new])
+        self._unreadable = {}
+        return [found[index] for index in new]
 
     def settle(self) -> list[int]:
         """Bring `position` up to date; the updates that were skipped since the last time."""

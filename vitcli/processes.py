@@ -6,28 +6,38 @@ same step. The first (rank 0) alone writes and speaks.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vitcli.errors import ProcessError, RecipeError
+from vitcli.errors import ProcessError, RecipeError, UserError
+from vitcli.stop import Stop
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
 
+GRACE = 30.0  # seconds in which the others find out that a process has failed, and end
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+
 
 @dataclass(frozen=True)
 class Processes:
-    """This process, number `rank` of `count`; number `local` of `neighbours` on its machine."""
+    """This process, number `rank` of `count`; so many `neighbours`, itself among them, share its CPU cores."""
 
     rank: int = 0
     count: int = 1
-    local: int = 0
     neighbours: int = 1
 
     @property
@@ -106,47 +116,64 @@ ALONE = Processes()
 def start(timeout: float) -> Iterator[Processes]:
     """The processes that torchrun or Slurm started together with this one; this one alone, if nobody did.
 
-    A process that does not answer for `timeout` seconds ends the run.
+    A process that does not answer for `timeout` seconds ends the run. An error that several raise alike is told by the
+    one that comes first; the others end silently, with the same exit code. Raises RecipeError, ProcessError.
     """
-    env = _slurm() if "SLURM_PROCID" in os.environ and "RANK" not in os.environ else os.environ
-    count = int(env.get("WORLD_SIZE", "1"))
+    if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
+        os.environ |= {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"]}
+    count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield ALONE
         return
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise RecipeError(
+            f"{count} processes are to train together, but these variables are not set: {', '.join(missing)}",
+            "torchrun sets them; under Slurm: "
+            "export MASTER_ADDR=$(scontrol show hostnames $SLURM_NODELIST | head -1) MASTER_PORT=29500",
+        )
     import torch
     import torch.distributed as dist
 
-    found = Processes(int(env["RANK"]), count, int(env["LOCAL_RANK"]), int(env.get("LOCAL_WORLD_SIZE", "1")))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(found.local)
+    alone = Processes(int(os.environ["RANK"]), count)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # Keys of an earlier attempt hold the addresses of processes that are gone.
-    store, *_ = next(iter(dist.rendezvous("env://")))  # pyright: ignore[reportPrivateImportUsage]
-    attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"attempt {attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
     wait = timedelta(seconds=timeout)
-    dist.init_process_group(backend, store=store, rank=found.rank, world_size=count, timeout=wait)
+    with alone.errors(lambda: "before training"):
+        store, *_ = next(iter(dist.rendezvous("env://", timeout=wait)))  # pyright: ignore[reportPrivateImportUsage]
+        # Keys of an earlier attempt hold the addresses of processes that are gone.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt {attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=alone.rank, world_size=count, timeout=wait)
+        try:
+            yield _meet(alone)
+        except UserError as error:
+            if _is_told(error, store):
+                sys.exit(error.exit_code)
+            raise
+        finally:
+            dist.destroy_process_group()
+
+
+def _meet(alone: Processes) -> Processes:
+    """Each process on a machine takes a GPU of those that it sees, and its part of the cores that it may use."""
+    import torch
+
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
+    found = alone.all((socket.gethostname(), usable))
+    here, cores = found[alone.rank]
+    if torch.cuda.is_available():
+        before = sum(host == here for host, _ in found[: alone.rank])
+        torch.cuda.set_device(before % torch.cuda.device_count())
+    return replace(alone, neighbours=sum(host == here and bool(cores & others) for host, others in found))
+
+
+def _is_told(error: UserError, store: Any) -> bool:
+    """Whether another process has met the same error, and tells it."""
+    if isinstance(error, ProcessError):
+        return False  # the store may be lost, too
     try:
-        yield found
-    finally:
-        dist.destroy_process_group()
-
-
-def _slurm() -> dict[str, str]:
-    """What torchrun would have set, from Slurm's variables; `srun` must bring MASTER_ADDR and MASTER_PORT."""
-    slurm = os.environ
-    if "MASTER_ADDR" not in slurm or "MASTER_PORT" not in slurm:
-        raise RecipeError(
-            "Slurm started several tasks, but MASTER_ADDR and MASTER_PORT are not set",
-            "export MASTER_ADDR=$(scontrol show hostnames $SLURM_NODELIST | head -1) MASTER_PORT=29500",
-        )
-    os.environ |= {
-        "RANK": slurm["SLURM_PROCID"],
-        "WORLD_SIZE": slurm["SLURM_NTASKS"],
-        "LOCAL_RANK": slurm["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": slurm.get("SLURM_NTASKS_PER_NODE", "1"),
-    }
-    return dict(os.environ)
+        return store.add(f"{type(error).__name__} {error}", 1) > 1
+    except RuntimeError:
+        return False
 
 
 def visible(gpus: int) -> int:
@@ -161,33 +188,63 @@ def visible(gpus: int) -> int:
     return gpus
 
 
-def launch(words: list[str], count: int, restarts: int = 3) -> int:
-    """Run `vit WORDS` in `count` processes of this machine; the exit code of the first that failed, or 0.
+def launch(words: list[str], count: int, tell: Callable[[str], None], restarts: int = 3) -> int:
+    """Run `vit WORDS` in `count` processes of this machine; the exit code that they come to.
 
-    This is torchrun's own launcher: where a process is lost, all are started again, up to `restarts` times, and
-    continue from the newest checkpoint.
+    SIGINT and SIGTERM go to all of them. Where one is lost, all are started again, up to `restarts` times, and continue
+    from the newest checkpoint; after a mistake they are not, since they would make it again.
     """
-    import sys
-    import uuid
+    name = uuid.uuid4().hex
+    with Stop() as stop:
+        for attempt in range(restarts + 1):
+            variables = {"TORCHELASTIC_RUN_ID": name, "TORCHELASTIC_RESTART_COUNT": str(attempt)}
+            codes = _run(words, count, variables, stop)
+            if mistakes := [code for code in codes if code > 0 and code not in (ProcessError.exit_code, *STOPPED)]:
+                return mistakes[0]
+            if stop.signal and any(codes):
+                return 128 + stop.signal
+            if not any(codes) or max(codes) in STOPPED:
+                return max(codes)
+            killed = [f"process {rank} was ended by signal {-code}" for rank, code in enumerate(codes) if code < 0]
+            next_step = "all start again" if attempt < restarts else f"given up after {restarts} new starts"
+            tell(f"warning: {', '.join(killed) or 'the processes lost one another'}; {next_step}")
+    return ProcessError.exit_code
 
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=restarts,
-        monitor_interval=0.5,
-    )
-    try:
-        elastic_launch(config, sys.executable)("-m", "vitcli", *words)
-    except ChildFailedError as error:
-        return error.get_first_failure()[1].exitcode
-    return 0
+def _run(words: list[str], count: int, variables: dict[str, str], stop: Stop) -> list[int]:
+    """The exit codes of the processes, in the order of their ranks. If one fails, the others have to end, too."""
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    # They meet at this process, as torchrun's do at its agent.
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    variables = os.environ | variables | {"WORLD_SIZE": str(count), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    command = [sys.executable, "-m", "vitcli", *words]
+    workers = [
+        subprocess.Popen(  # noqa: S603
+            command, env=variables | {"RANK": str(rank)}, start_new_session=True, preexec_fn=_end_with_parent
+        )
+        for rank in range(count)
+    ]
+    told, failed = False, None
+    while None in (codes := [worker.poll() for worker in workers]):
+        time.sleep(0.1)
+        if stop.signal and not told:
+            for worker in workers:
+                worker.send_signal(stop.signal)
+            told = True
+        if not failed and set(codes) - {None, 0, *STOPPED}:
+            failed = time.monotonic()
+        if failed and time.monotonic() - failed > GRACE:
+            for worker in workers:
+                worker.kill()
+    return [code for code in codes if code is not None]
+
+
+def _end_with_parent() -> None:
+    """Have SIGTERM sent to this process when the one that started it dies, however it dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:

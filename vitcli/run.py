@@ -144,15 +144,16 @@ def create(name: str, path: Path | None = None) -> Run:
     raise CheckpointError(f"{path} exists already", f"continue it with --resume {path}, or choose another --run")
 
 
-def launched(launch: str, path: Path | None, name: str) -> Path:
-    """The folder of the run that this launch of torchrun began."""
+def launched(launch: str, path: Path | None, name: str) -> Path | None:
+    """The folder of the run that this launch began, if it came so far: the newest, since torchrun calls all "none"."""
+    found = None
     for folder in [path] if path else _names(name):
         if not folder.is_dir():
             break
         mark = folder / "launch.txt"
         if mark.is_file() and mark.read_text() == launch:
-            return folder
-    raise CheckpointError("torchrun started again, but the run that it began is not there", "start a new run")
+            found = folder
+    return found
 
 
 def _names(name: str) -> Iterator[Path]:

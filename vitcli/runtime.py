@@ -179,7 +179,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 def start(config: RuntimeConfig, earlier: dict[str, Any] | None = None, processes: Processes = ALONE) -> Runtime:
     """Make every choice that the recipe left open; those of a run that is resumed are taken from `earlier`.
 
-    Several processes of one machine share its cores, and take a GPU each.
+    Several processes make the choices of the first, share a machine's cores, and take a GPU each.
 
     Raises RecipeError if the asked device is not there.
     """
@@ -190,7 +190,7 @@ def start(config: RuntimeConfig, earlier: dict[str, Any] | None = None, processe
     keep_freed()
     device = _device(config.device)
     if device.type == "cuda" and processes.count > 1:
-        device = torch.device("cuda", processes.local)
+        device = torch.device("cuda", torch.cuda.current_device())
     chosen = {
         "precision": config.precision if config.precision != "auto" else _precision(device),
         "attention": config.attention,
@@ -200,6 +200,7 @@ def start(config: RuntimeConfig, earlier: dict[str, Any] | None = None, processe
         chosen["attention"] = "explicit" if device.type == "cpu" and chosen["precision"] == "bf16" else "sdpa"
     chosen["residual"] = config.residual if config.residual != "auto" else chosen["precision"]
     chosen |= {key: earlier[key] for key in chosen if earlier and key in earlier}
+    chosen = processes.all(chosen)[0]
     alone = processes.count == 1
     return Runtime(device=device, threads=threads, checkpoint=config.checkpoint, alone=alone, **chosen)
 

@@ -275,7 +275,7 @@ def score(
     seen = columns[torch.from_numpy(np.flatnonzero(dataset.counts))].unique()
     tally = _tally(predictor, dataset, columns, seen)
     share, double = share_of(len(dataset), processes)
-    waiting, bad = 0.0, []
+    waiting, bad, done = 0.0, {}, 0
     begin = asked = time.monotonic()
     if batches is not None:
         loaded = batches
@@ -284,33 +284,40 @@ def score(
     else:
         device = predictor.runtime.device if isinstance(predictor, TorchPredictor) else torch.device("cpu")
         loaded = eval_batches(
-            predictor.preprocessing, dataset, batch=batch, workers=workers, share=share, device=device
+            predictor.preprocessing,
+            dataset,
+            batch=batch,
+            workers=workers,
+            share=share,
+            neighbours=processes.neighbours,
+            device=device,
         )
     with closing(loaded) as parts:  # pyright: ignore[reportArgumentType] (a generator, which ends its processes)
         for part in parts:
             waiting += time.monotonic() - asked
-            bad += part.get("bad", [])
+            bad |= part.get("bad", {})
             if bad and not allow_bad:
                 break
             if len(part["labels"]):
                 logits, labels = predictor.logits(part["images"]), part["labels"]
-                if double and tally.images + len(bad) + len(labels) == len(share):
+                done += len(labels)
+                if double and done + len(bad) == len(share) and share[-1] not in bad:
                     logits, labels = logits[:-1], labels[:-1]
                 tally.add(logits, labels)
             if on_batch:
-                on_batch(tally.images + len(bad))
+                on_batch(done + len(bad))
             asked = time.monotonic()
-    bad = [image for part in processes.all(bad) for image in part]
+    bad = {index: told for part in processes.all(bad) for index, told in part.items()}
     tally, *others = processes.all(tally)
     for other in others:
         tally += other
     if bad and not allow_bad:
-        raise DataError(str(bad[0]), "mend or remove it, or leave such images out with --allow-bad")
+        raise DataError(next(iter(bad.values())), "mend or remove it, or leave such images out with --allow-bad")
     if not math.isfinite(tally.loss):
         raise NumericsError(f"{predictor.origin} answers with NaN or infinity")
     if not tally.images:
         raise DataError("no image to score", f"{len(bad)} could not be read" if bad else "")
-    facts = {"seen": len(seen), "classes": len(predictor.classes), "bad": tuple(map(str, bad))}
+    facts = {"seen": len(seen), "classes": len(predictor.classes), "bad": tuple(bad.values())}
     return tally.scores(facts | {"seconds": time.monotonic() - begin, "waiting": waiting})
 
 
@@ -327,7 +334,7 @@ def _one_by_one(dataset: Dataset, share: Sequence[int]) -> Iterator[Batch]:
         try:
             image = pixels(dataset.image(index))
         except BadImage as error:
-            yield {"labels": labels[:0], "bad": [error]}
+            yield {"labels": labels[:0], "bad": {index: str(error)}}
         else:
             yield {"images": image[None], "labels": labels}
 

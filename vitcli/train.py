@@ -138,6 +138,7 @@ def fit(
             batch=micro_batch.size,
             workers=recipe.data.workers,
             share=share_of(len(val_set), processes)[0],
+            neighbours=processes.neighbours,
             device=runtime.device,
         ),
         small=runtime.device.type == "cuda" and is_small(len(val_set), recipe.data.res),
@@ -169,6 +170,14 @@ def fit(
 
     def settle() -> None:
         """Know what became of every update so far."""
+        for image in meter.unreadable():
+            progress.note(f"replaced an unreadable image: {image}")
+        if len(position.bad_images) > recipe.data.bad_images * len(train_set):
+            raise DataError(
+                f"{len(position.bad_images)} of {len(train_set)} images so far cannot be read, more than "
+                f"data.bad_images={recipe.data.bad_images:g} allows; train.log names them",
+                "mend or remove them, or allow more",
+            )
         for skipped in meter.settle():
             run.log(step=skipped + 1, skipped="its gradient was not finite")
             progress.note(f"warning: update {skipped + 1} skipped: its gradient was NaN or infinite")
@@ -250,9 +259,7 @@ def fit(
             step, asked = position.step, time.monotonic()
             batch = next(batches)
             meter.wait(time.monotonic() - asked)
-            for bad in batch.pop("bad", ()):
-                position.bad_images += 1
-                progress.note(f"replaced an unreadable image: {bad}")
+            meter.replaced(batch.pop("bad", {}))
             images = normalise(batch["images"], recipe.data)
             targets = targets_of(put(batch["labels"], runtime.device), len(classes))
             chance = rng.generator(recipe.seed, Stream.MIX, step)
@@ -279,6 +286,7 @@ def fit(
 
     if processes.first:
         draw_results(run.metrics_file, run.path / "results.png", title=run.path.name)
+    processes.all(None)  # torchrun would end the first, still writing, half a minute after another has left
     return Outcome(
         run=run.path,
         step=position.step,
@@ -286,7 +294,7 @@ def fit(
         measure="mAP" if train_set.multi_label else "top-1",
         best_score=position.best_score,
         best_step=position.best_step,
-        bad_images=position.bad_images,
+        bad_images=len(position.bad_images),
         skipped=position.skipped,
         balance=balance,
         seconds=time.monotonic() - begin,

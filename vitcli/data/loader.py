@@ -62,8 +62,9 @@ def train_batches(
 
     They are made on the `device`, on CUDA ahead of their turn; for devices without float64 on the CPU. `places` are
     those of the batch to load, in their order, where other processes load the rest; `neighbours` of them share this
-    machine. A batch in which broken images were replaced has "bad" too, a list of BadImage. Raises BadImage where none
-    may be replaced, and DataError beyond the share that may, or if a loader process is killed.
+    machine's cores. A batch in which broken images were replaced has "bad" too: what is wrong with the image of an
+    index. Raises DataError for a broken image that may not be replaced or for which no whole one is found, or if a
+    loader process is killed.
     """
     places = range(batch) if places is None else places
     count = len(places) * (steps - start)
@@ -85,18 +86,19 @@ def eval_batches(
     batch: int,
     workers: int | None = None,
     share: Sequence[int] | None = None,
+    neighbours: int = 1,
     device: torch.device = CPU,
 ) -> Iterator[Batch]:
     """Every image once, or those of `share`, in order: "images" uint8 (b, 3, h, w), and "labels" int64 (b,) or bool
     (b, classes).
 
     The images are on the `device`, on CUDA ahead of their turn; the labels stay on the CPU. The last batch may be
-    smaller. Broken images are left out, never replaced: a batch that lacks some has "bad" too, a list of BadImage.
+    smaller. Broken images are left out, never replaced: a batch that lacks some has "bad" too, as in training.
     """
     sample = partial(_eval_sample, preprocessing, dataset)
     share = range(len(dataset)) if share is None else share
     positions = (list(share[i : i + batch]) for i in range(0, len(share), batch))
-    workers = _workers(workers, _is_easy(dataset, preprocessing.res), len(share))
+    workers = _workers(workers, _is_easy(dataset, preprocessing.res), len(share), neighbours)
     return ahead(_scored_batches(dataset, load(sample, preprocessing.res, positions, workers), device), device)
 
 
@@ -114,30 +116,24 @@ def _loaded_batches(
 ) -> Generator[Batch, None, None]:
     """Decoded and cropped by loader processes in parts of a batch, then joined and augmented on the device."""
     sample = partial(_training_sample, data, dataset, seed)
-    broken: dict[int, BadImage] = {}
     order, asked = tee(order)
     with closing(load(sample, data.res, _parts(asked), workers)) as loaded:
         for turn, indices in order:
             parts = [next(loaded) for _ in range(0, len(indices), CHUNK)]
-            broken |= {index: BadImage(path, reason) for part in parts for index, path, reason in part["bad"]}
-            complete = sum(len(part["indices"]) for part in parts) == len(indices)
-            if not complete or len(broken) > data.bad_images * len(dataset):
-                raise _too_many(list(broken.values()), data.bad_images, len(dataset))
             batch = _join(dataset, parts, pinned=device.type == "cuda")
+            if len(batch["labels"]) < len(indices):
+                raise _unreadable(batch["bad"], data)
             images, labels = put(batch["images"], device), put(batch["labels"], device)
             chance = rng.Generators(seed, Stream.PIXELS, turn, indices)
             yield batch | {"images": augment(images, data, chance), "labels": labels}
 
 
-def _too_many(broken: list[BadImage], share: float, images: int) -> DataError:
-    if not share:
-        hint = "mend or remove it, or have up to 1 % of the images replaced: --set data.bad_images=0.01"
-        return BadImage(broken[0].path, broken[0].reason, hint)
-    return DataError(
-        f"{len(broken)} of {images} images so far cannot be read, more than data.bad_images={share:g} allows; "
-        f"the first: {'; '.join(map(str, broken[:3]))}",
-        "mend or remove them",
-    )
+def _unreadable(bad: dict[int, str], data: DataConfig) -> DataError:
+    """The error that says why a batch has too few images."""
+    first = next(iter(bad.values()))
+    if data.bad_images:
+        return DataError(f"{TRIES} images in a row cannot be read, the first {first}", "mend or remove them")
+    return DataError(first, "mend or remove it, or have up to 1 % of the images replaced: --set data.bad_images=0.01")
 
 
 def _order(
@@ -196,7 +192,7 @@ def _join(dataset: Dataset, parts: list[Part], pinned: bool) -> Batch:
         torch.cat(found, out=images)
     indices = torch.cat([part["indices"] for part in parts]).numpy()
     batch: Batch = {"images": images, "labels": torch.from_numpy(dataset.labels[indices])}
-    bad = [BadImage(path, reason) for part in parts for _, path, reason in part["bad"]]
+    bad = {index: str(BadImage(path, reason)) for part in parts for index, path, reason in part["bad"]}
     return batch | {"bad": bad} if bad else batch
 
 
