@@ -1,11 +1,14 @@
 """Tar shards: what they mean, what is wrong with them, where they are kept."""
 
+import errno
 import hashlib
 import io
 import json
 import os
 import random
+import re
 import signal
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -13,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import TINY, Vit, finish, process, sets
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from vitcli.data import DataConfig
@@ -208,7 +212,7 @@ def test_without_shards_of_the_usual_names_it_says_how_to_name_them(tmp_path, vi
     name, *out = words
     said = vit("data", name, f"file://{tmp_path}", *(tmp_path / place for place in out))
     assert said.code == 3
-    assert "has no shards 'train-*.tar' and no 'val-*.tar'" in said.err
+    assert "has no shards 'train-*.tar'" in said.err
     assert "hint: name them: --set data.source.train='*.tar'" in said.err
 
 
@@ -427,7 +431,7 @@ def fetched(monkeypatch) -> list[str]:
 
     def counted(shard, *rest):
         names.append(os.path.basename(shard.name))
-        fetch(shard, *rest)
+        return fetch(shard, *rest)
 
     monkeypatch.setattr(_remote, "_fetch", counted)
     return names
@@ -459,7 +463,6 @@ def test_shards_of_a_url_are_fetched_once_an_epoch_and_the_cache_stays_small(tmp
 
 
 def test_a_url_says_what_is_wrong(tmp_path, monkeypatch):
-    monkeypatch.setattr(_remote, "PAUSE", 0.0)
     write(tmp_path / "train-0.tar", *samples(3))
     with pytest.raises(DataError, match="does not hold two shards") as caught:
         opened(f"file://{tmp_path}", cache_gb=1e-6)
@@ -476,24 +479,95 @@ def test_a_url_says_what_is_wrong(tmp_path, monkeypatch):
     dataset = opened(f"file://{tmp_path}", cache_gb=1.0)
     (tmp_path / "train-0.tar").rename(tmp_path / "moved.tar")
     dataset.cache.open(dataset.shards[0])  # it is here
+    forget()
+    with pytest.raises(DataError, match=r"train-0.tar cannot be read: not found"):
+        dataset.read(1)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(DataError, match="s3://a/b cannot be read") as caught:
+        opened("s3://a/b")
+    assert caught.value.hint == "pip install s3fs"
+
+
+def forget() -> None:
+    """Remove all that was fetched."""
     for file in (_remote.index.folder() / "shards").glob("*.tar"):
         file.unlink()
-    with pytest.raises(BadImage, match=r"train-0.tar/1.png: .*cannot be read"):
-        dataset.read(1)
+
+
+def test_a_check_of_a_url_without_shards_says_so(tmp_path, vit):
+    said = vit("data", "check", f"file://{tmp_path}")
+    assert (said.code, "has no shards 'train-*.tar'" in said.err) == (3, True)
+
+
+def failing(monkeypatch, name: str, error: Exception, times: int) -> None:
+    """Let a method of fsspec's local files fail so often."""
+    method, left = getattr(LocalFileSystem, name), [error] * times
+
+    def fail(*args: object, **options: object) -> object:
+        if left:
+            raise left.pop()
+        return method(*args, **options)
+
+    monkeypatch.setattr(LocalFileSystem, name, fail)
+
+
+def test_a_server_that_fails_for_a_while_is_asked_again(folder, tmp_path, monkeypatch, vit):
+    vit("data", "pack", folder, tmp_path, "--jobs", "1")
+    monkeypatch.setattr(_remote, "PAUSE", 0.0)
+    failing(monkeypatch, "cat_file", OSError("503 Slow Down"), times=3)
+    failing(monkeypatch, "get_file", TimeoutError(), times=3)
+    dataset = opened(f"file://{tmp_path}")
+    assert dataset.classes == ("ant", "bee", "cat")  # not what they are without index.json
+    assert len(reds(dataset)) == 18
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(OSError("503 Slow\nDown"), "503 Slow Down"), (OSError("Forbidden: x"), "Forbidden"), (TimeoutError(), "Timeout")],
+)
+def test_a_server_that_fails_for_good_is_told(folder, tmp_path, monkeypatch, vit, error, told):
+    vit("data", "pack", folder, tmp_path, "--jobs", "1")
+    monkeypatch.setattr(_remote, "PATIENCE", 0.0)
+    failing(monkeypatch, "get_file", error, times=1)
+    said = vit("data", "check", f"file://{tmp_path}", "--jobs", "1")
+    assert said.code == 3
+    first, second = said.err.splitlines()
+    assert re.fullmatch(rf"error: .*000000.tar cannot be read: {told}.*", first)
+    assert second == "hint: check the network and your credentials"
+    assert not list((_remote.index.folder() / "shards").glob(".tmp-*"))
+
+
+def test_a_full_disk_is_not_the_servers_fault(folder, tmp_path, monkeypatch, vit):
+    vit("data", "pack", folder, tmp_path, "--jobs", "1")
+    failing(monkeypatch, "get_file", OSError(errno.ENOSPC, "No space left on device"), times=1)
+    said = vit("data", "check", f"file://{tmp_path}", "--jobs", "1")
+    assert said.code == 74
+    assert "cannot keep" in said.err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_out_of_reach_is_no_bad_image(tmp_path, workers):
+    write(tmp_path / "train-0.tar", *samples(8))
+    source = {"name": "shards", "path": f"file://{tmp_path}"}
+    data = DataConfig.parse({"source": source, "res": 6, "workers": workers, "bad_images": 1.0})
+    dataset = data.source.open("train")
+    (tmp_path / "train-0.tar").unlink()
+    forget()
+    with pytest.raises(DataError, match=r"^file://\S*train-0.tar cannot be read: not found \(.*\)$"):
+        list(train_batches(data, dataset, batch=8, seed=1, start=0, steps=1))
 
 
 def test_a_fetched_shard_is_held_against_its_list(folder, tmp_path, monkeypatch, vit):
-    monkeypatch.setattr(_remote, "PAUSE", 0.0)
+    monkeypatch.setattr(_remote, "PATIENCE", 0.0)
     vit("data", "pack", folder, tmp_path, "--jobs", "1")
     dataset = opened(f"file://{tmp_path}")
     assert dataset.classes == ("ant", "bee", "cat")
     assert len(reds(dataset)) == 18
-    for file in (_remote.index.folder() / "shards").glob("*.tar"):
-        file.unlink()
+    forget()
     content = bytearray((tmp_path / "train-000000.tar").read_bytes())
     content[700] ^= 1
     (tmp_path / "train-000000.tar").write_bytes(content)
-    with pytest.raises(BadImage, match="SHA-256 is not the one in its list"):
+    with pytest.raises(DataError, match="SHA-256 is not the one in its list"):
         opened(f"file://{tmp_path}").read(0)
 
 
@@ -661,3 +735,41 @@ def test_the_21843_class_tars_of_imagenet_21k(tmp_path, vit):
     assert said.code == 3  # all are the same image
     assert said.json["counts"]["conflicts"] == 1
     assert picture.stat().st_size > 1000
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """S3's API on this machine, with a bucket; the environment points there."""
+    s3fs = pytest.importorskip("s3fs", reason="pip install s3fs")
+    server = pytest.importorskip("moto.server", reason='pip install "moto[server]"').ThreadedMotoServer(port=0)
+    server.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "anyone")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem().mkdir("bucket")
+    yield "s3://bucket"
+    server.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # theirs
+def test_training_and_scoring_on_s3(folder, tmp_path, bucket, vit):
+    import s3fs
+
+    assert vit("data", "pack", folder, tmp_path / "out", "--per-shard", "4", "--jobs", "1").code == 0
+    s3fs.S3FileSystem().put(f"{tmp_path}/out/", f"{bucket}/out/", recursive=True)
+    assert vit("data", "check", f"{bucket}/out", "--json").json["images"] == {"train": 18, "val": 6}
+    scores = []
+    for place in (f"file://{tmp_path}/out", f"{bucket}/out"):
+        data = f"data={{source: {{name: shards, path: '{place}'}}, res: 8, resize: null, classes: 3}}"
+        run = tmp_path / f"run{len(scores)}"
+        said = vit("pretrain", "quickstart", *sets(data, *TINY, "batch=6", "steps=8"), "--run", run, "--json")
+        assert said.code == 0, said.err
+        scores.append((said.json["best_score"], (run / "last/model.safetensors").read_bytes()))
+    assert scores[0] == scores[1]
+    said = vit("eval", "--ckpt", tmp_path / "run1", "--json")
+    assert (said.code, said.json["images"]) == (0, 6)
+    for url, message in {f"{bucket}/none": "has no shards", "s3://none/out": "bucket does not exist"}.items():
+        said = vit("data", "check", url)
+        assert (said.code, message in said.err, len(said.err.splitlines())) == (3, True, 2)

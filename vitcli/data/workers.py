@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from vitcli.data.parallel import METHOD, follow_parent, start_server_with, uninterrupted
-from vitcli.errors import DataError
+from vitcli.errors import DataError, UserError
 from vitcli.heap import keep_freed
 
 HUNG = 600.0  # seconds after which a process that hands over nothing is given up
@@ -48,7 +48,7 @@ def load(
     """
     source = _Source(sample, res)
     if not workers:
-        yield from map(source.__getitems__, positions)
+        yield from _whole(map(source.__getitems__, positions))
         return
     start_server()
     with warnings.catch_warnings(action="ignore"):  # torch's opinion of the number of workers
@@ -66,7 +66,7 @@ def load(
     close = partial(_close, iterator)
     atexit.register(close)  # before multiprocessing's own, which would wait for the workers
     try:
-        yield from _parts(iterator)
+        yield from _whole(_parts(iterator))
     finally:
         atexit.unregister(close)
         close()
@@ -83,8 +83,11 @@ class _Source:
     def __init__(self, sample: Callable[[Any], Sample], res: Sequence[int]):
         self.sample, self.res = sample, res
 
-    def __getitems__(self, positions: list[Any]) -> Part:
-        samples = [self.sample(position) for position in positions]
+    def __getitems__(self, positions: list[Any]) -> Part | UserError:
+        try:
+            samples = [self.sample(position) for position in positions]
+        except UserError as error:  # torch would hand over its traceback as text
+            return error
         made = [(image, index) for image, index, _ in samples if image is not None]
         images = torch.empty((len(made), 3, *self.res), dtype=torch.uint8)
         for to, (image, _) in zip(images, made, strict=True):
@@ -95,7 +98,15 @@ class _Source:
         return Part(images=images, indices=indices, bad=[bad for *_, found in samples for bad in found])
 
 
-def _parts(iterator: Any) -> Iterator[Part]:
+def _whole(parts: Iterable[Part | UserError]) -> Iterator[Part]:
+    """The parts up to the first mistake, which is raised."""
+    for part in parts:
+        if isinstance(part, UserError):
+            raise part
+        yield part
+
+
+def _parts(iterator: Any) -> Iterator[Part | UserError]:
     waited = threading.Event()
     try:
         while True:

@@ -12,7 +12,6 @@ import numpy as np
 from vitcli.data.index import Index
 from vitcli.data.sources import Dataset
 from vitcli.data.sources._remote import Cache, Shard
-from vitcli.errors import UserError
 from vitcli.waiting import bar
 
 if TYPE_CHECKING:
@@ -60,15 +59,15 @@ class Packed(Dataset):
         return decode(self.read(index), self.path(index))
 
     def read(self, index: int) -> bytes:
-        """The member."""
+        """The member. Raises DataError for a shard that cannot be fetched: its images are not broken, but elsewhere."""
         from vitcli.data.images import BadImage
 
         offset, size = int(self.index["offsets"][index]), int(self.index["sizes"][index])
         try:
             with os.fdopen(self._open(int(self.index["shards"][index])), "rb", buffering=0) as file:
                 content, end = os.pread(file.fileno(), size, offset), os.fstat(file.fileno()).st_size
-        except (OSError, UserError) as error:  # a shard that cannot be fetched is told where its image is
-            raise BadImage(self.path(index), getattr(error, "strerror", None) or str(error)) from None
+        except OSError as error:
+            raise BadImage(self.path(index), error.strerror or str(error)) from None
         if len(content) < size:
             raise BadImage(self.path(index), f"the shard ends at byte {end}")
         return content

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
+import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from vitcli.data import index
 from vitcli.errors import DataError, StorageError
 
 ASKED_AT_A_TIME = 16  # files whose size is asked for
 STALE = 3600.0  # seconds after which a fetch that wrote nothing is dead
-TRIES, PAUSE = 4, 1.0  # of a fetch; seconds, doubled after each
+PATIENCE, PAUSE = 60.0, 1.0  # seconds that a server may fail, and between tries, doubled after each
+SILENT = 60.0  # seconds after which a server that sends nothing has failed
+PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": '"vitcli[remote]"', "https": '"vitcli[remote]"'}
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what goes wrong here, not there
+
+for _name in ("fsspec", "s3fs", "gcsfs"):
+    logging.getLogger(_name).addHandler(logging.NullHandler())  # what they log, DataError says
+
+Result = TypeVar("Result")
 
 
 class Shard(NamedTuple):
@@ -33,13 +43,16 @@ def find(root: str, names: Iterable[str] | str) -> list[Shard]:
     files, base = connect(root)
     with _told(root):
         if isinstance(names, str):
-            found: list[str] = files.glob(f"{base}/{names}")
+            listed: dict[str, dict[str, Any]] = files.glob(f"{base}/{names}", detail=True)
         else:
-            found = [f"{base}/{name}" for name in names]
+            listed = {f"{base}/{name}": {} for name in names}
+
+        def shard(name: str) -> Shard:
+            known = listed[name].get("size") is not None  # a web server's listing has none
+            return _shard(files, name, listed[name] if known else files.info(name))
+
         with ThreadPoolExecutor(ASKED_AT_A_TIME) as pool:
-            return [
-                _shard(files, *pair) for pair in zip(sorted(found), pool.map(files.info, sorted(found)), strict=True)
-            ]
+            return list(pool.map(shard, sorted(listed)))
 
 
 def texts(urls: Iterable[str]) -> dict[str, bytes]:
@@ -47,10 +60,21 @@ def texts(urls: Iterable[str]) -> dict[str, bytes]:
     places = [(*connect(url), url) for url in urls]
     if not places:
         return {}
-    files, url = places[0][0], places[0][2]
-    with _told(url):
-        found: Any = files.cat([path for _, path, _ in places], on_error="omit")
-    return {url: found[path] for _, path, url in places if path in found}
+
+    def ask() -> dict[str, bytes]:
+        with _told(places[0][2]):
+            found: Any = places[0][0].cat([path for _, path, _ in places], on_error="return")
+        contents = {}
+        for _, path, url in places:
+            with _told(url):
+                content = found.get(path)
+                if isinstance(content, bytes):
+                    contents[url] = content
+                elif isinstance(content, Exception) and not _is_missing(content):
+                    raise content
+        return contents
+
+    return _patiently(ask)
 
 
 def connect(url: str) -> tuple[Any, str]:
@@ -60,8 +84,19 @@ def connect(url: str) -> tuple[Any, str]:
     with _told(url):
         import fsspec.core
 
-        files, base = fsspec.core.url_to_fs(url)
+        files, base = fsspec.core.url_to_fs(url, **_options(url))
     return files, base.rstrip("/")
+
+
+def _options(url: str) -> dict[str, Any]:
+    """Patience with large shards, none with silent servers: aiohttp's own limit is five minutes for whatever it is."""
+    scheme = url.split(":")[0]
+    if scheme not in ("http", "https", "gs"):
+        return {}
+    import aiohttp  # pyright: ignore[reportMissingImports] (of the extra)
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENT, sock_read=SILENT)
+    return {"requests_timeout": timeout} if scheme == "gs" else {"client_kwargs": {"timeout": timeout}}
 
 
 class Cache:
@@ -86,14 +121,10 @@ class Cache:
             folder.mkdir(parents=True, exist_ok=True)
             with place.with_suffix(".lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                with suppress(FileNotFoundError):
-                    return _open(place)  # another process has fetched it
+                with suppress(FileNotFoundError):  # another process has fetched it
+                    return _open(place)
                 self._make_room(folder, shard.size)
-                temporary = place.with_name(f".tmp-{place.name}")
-                _fetch(shard, temporary, digest)
-                descriptor = _open(temporary)  # once it has its name, others may delete it to make room
-                temporary.replace(place)
-                return descriptor
+                return _fetch(shard, place, digest)
         except OSError as error:
             hint = "free space, or keep less: --set data.source.cache_gb=10"
             raise StorageError(f"cannot keep {shard.name} in {folder}: {error.strerror or error}", hint) from error
@@ -122,19 +153,41 @@ def _open(place: Path) -> int:
     return descriptor
 
 
-def _fetch(shard: Shard, into: Path, digest: str | None) -> None:
-    for attempt in range(TRIES):
+def _fetch(shard: Shard, place: Path, digest: str | None) -> int:
+    temporary = place.with_name(f".tmp-{place.name}")
+
+    def fetch() -> int:
+        files, path = connect(shard.name)
+        with _told(shard.name):
+            files.get_file(path, str(temporary))
+        _check(shard, temporary, digest)
+        descriptor = _open(temporary)  # before others see the copy, and may remove it
+        temporary.replace(place)
+        return descriptor
+
+    try:
+        return _patiently(fetch)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _patiently(ask: Callable[[], Result]) -> Result:
+    """What a server answers. One that fails is asked again for a while; then raises DataError."""
+    failing, pause = 0.0, PAUSE
+    while True:
         try:
-            files, path = connect(shard.name)
-            with _told(shard.name):
-                files.get_file(path, str(into))
-            _check(shard, into, digest)
-            return
-        except DataError:
-            into.unlink(missing_ok=True)
-            if attempt == TRIES - 1:
+            return ask()
+        except DataError as error:
+            failing = failing or time.monotonic()
+            if _is_missing(error.__cause__) or time.monotonic() - failing >= PATIENCE:
                 raise
-            time.sleep(PAUSE * 2**attempt)
+        time.sleep(pause)
+        pause *= 2
+
+
+def _is_missing(error: BaseException | None) -> bool:
+    """Whether a file is not there. Of a store that may not be listed, one that may not be read may be none."""
+    return isinstance(error, FileNotFoundError | PermissionError) or "forbidden" in str(error).lower()
 
 
 def _check(shard: Shard, file: Path, digest: str | None) -> None:
@@ -165,10 +218,16 @@ class _told:  # noqa: N801 (a context manager that reads as a word)
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        if isinstance(error, DataError):
+        if not isinstance(error, Exception) or isinstance(error, DataError):
             return
+        if isinstance(error, OSError) and error.errno in DISK:
+            return
+        reason, hint = " ".join(str(error).split()) or type(error).__name__, "check the network and your credentials"
         if isinstance(error, ImportError):
-            raise DataError(f"{self.url} cannot be read: {error}", 'pip install "vitcli[remote]"') from error
-        if isinstance(error, Exception):
-            reason = str(error) or type(error).__name__
-            raise DataError(f"{self.url} cannot be read: {reason}", "check data.source.path") from error
+            package = PACKAGES.get(self.url.split(":")[0], '"vitcli[remote]", and what is named')
+            hint = f"pip install {package}"
+        elif isinstance(error, FileNotFoundError):
+            reason, hint = f"not found ({error.__cause__ or reason})", "check data.source.path"
+        elif isinstance(error, ValueError):
+            hint = "check data.source.path"
+        raise DataError(f"{self.url} cannot be read: {reason}", hint) from error

@@ -64,13 +64,10 @@ class Shards(Source):
         return self._open(self.val, self._classes(self._index(train)) if train else None)
 
     def splits(self) -> tuple[Split, ...]:
-        """Those that have shards, or a share."""
+        """Those that have shards, or a share; where none has, train, which says so when it is opened."""
         held_out = not isinstance(self.val, str) or bool(self._find(self.val))
-        there = {"train": bool(self._find(self.train)), "val": held_out}
-        found: tuple[Split, ...] = tuple(split for split in ("train", "val") if there[split])
-        if not found:
-            raise DataError(f"{self.path!r} has no shards {self.train!r} and no {self.val!r}", _NAME_THEM)
-        return found
+        found: dict[Split, bool] = {"train": bool(self._find(self.train)), "val": held_out}
+        return tuple(split for split, there in found.items() if there) or ("train",)
 
     @property
     def remote(self) -> bool:
