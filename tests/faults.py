@@ -117,7 +117,7 @@ def signal_while_scoring(number: int) -> None:
 
 def held(step: int) -> None:
     """Training goes on after the update of this step only once the file `go` is there."""
-    from vitcli.meter import Meter
+    from vitcli.training.meter import Meter
 
     add = Meter.add
 

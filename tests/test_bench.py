@@ -11,8 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from vitcli import bench, peers
-from vitcli.bench import Contender
+from vitcli.bench import measure as bench
+from vitcli.bench import peers
+from vitcli.bench.measure import Contender
 from vitcli.data import Preprocessing
 from vitcli.errors import MemoryExhaustedError
 from vitcli.model import ViTConfig

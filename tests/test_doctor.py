@@ -8,7 +8,8 @@ import onnxruntime
 import pytest
 from rich.console import Console
 
-from vitcli import onnx_providers, tensorrt_library
+from vitcli.onnx import providers as onnx_providers
+from vitcli.onnx import tensorrt_library
 from vitcli.report import doctor, tables
 from vitcli.report.doctor import Finding
 

@@ -17,7 +17,7 @@ from onnx.external_data_helper import set_external_data
 from onnxscript import ir
 from PIL import Image
 
-from vitcli import exporters, onnx_model, onnx_providers
+from vitcli import exporters
 from vitcli.checkpoint import Trained
 from vitcli.checkpoint import load as load_checkpoint
 from vitcli.data import Preprocessing
@@ -28,7 +28,9 @@ from vitcli.exporters import _graph
 from vitcli.exporters import onnx as to_onnx
 from vitcli.inference import torch_predictor
 from vitcli.model import ViTConfig
-from vitcli.onnx_model import OnnxPredictor
+from vitcli.onnx import model as onnx_model
+from vitcli.onnx import providers as onnx_providers
+from vitcli.onnx.model import OnnxPredictor
 
 TINY = {"width": 48, "depth": 2, "mlp_dim": 96, "heads": 4, "patch": 8}
 

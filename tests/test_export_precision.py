@@ -32,7 +32,7 @@ from vitcli.exporters import onnx as to_onnx
 from vitcli.inference import torch_predictor
 from vitcli.model import ViTConfig
 from vitcli.model.attention import Attention, AttentionPool
-from vitcli.onnx_model import OnnxPredictor
+from vitcli.onnx.model import OnnxPredictor
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -642,7 +642,7 @@ def test_a_mistake_is_one_line(vit, folder, tmp_path, options, code, message):
 
 
 def test_calibration_folders_give_labels_where_the_model_knows_them(tmp_path):
-    from vitcli import export_command
+    from vitcli.commands import export as export_command
 
     trained = replace(tiny(), classes=("cat", "dog", "owl", "elk", "emu"))
     for name in ("owl/a", "owl/b", "cat/c"):
@@ -656,7 +656,7 @@ def test_calibration_folders_give_labels_where_the_model_knows_them(tmp_path):
 
 
 def test_a_large_folder_is_taken_evenly(tmp_path):
-    from vitcli import export_command
+    from vitcli.commands import export as export_command
 
     for number in range(20):
         Image.new("RGB", (1, 1)).save(tmp_path / f"{number:02d}.png")

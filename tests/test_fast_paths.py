@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from vitcli import runtime
+from vitcli.cuda_graph import Recorded
 from vitcli.data import Preprocessing
-from vitcli.graph import Recorded
 from vitcli.inference import TorchPredictor
 from vitcli.model import ViTConfig
 from vitcli.model.stem import project_as_rows

@@ -19,7 +19,7 @@ from vitcli.data.preprocess import normalise, prepare
 from vitcli.data.sources.folder import Folder
 from vitcli.errors import CheckpointError, DataError
 from vitcli.exporters import _image_graph
-from vitcli.onnx_model import OnnxPredictor
+from vitcli.onnx.model import OnnxPredictor
 
 KINDS = [
     ("bilinear", True),

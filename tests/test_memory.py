@@ -89,7 +89,8 @@ def test_exact_parts_are_not_halved(vit, small, tmp_path):
 
 LIMITED = """
 import resource, sys
-from vitcli import cli, launch
+from vitcli import cli
+from vitcli.commands import launch
 
 def limited(*args):
     with open("/proc/self/statm") as file:

@@ -10,12 +10,13 @@ from command import Vit
 from PIL import Image
 from test_export import tiny
 
-from vitcli import onnx_providers, onnx_session
 from vitcli.data.preprocess import normalise
 from vitcli.errors import CheckpointError, UserError
 from vitcli.exporters import onnx as to_onnx
-from vitcli.onnx_model import OnnxPredictor
-from vitcli.onnx_session import Session
+from vitcli.onnx import providers as onnx_providers
+from vitcli.onnx import session as onnx_session
+from vitcli.onnx.model import OnnxPredictor
+from vitcli.onnx.session import Session
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 gpu_build = pytest.mark.skipif(

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from torch.distributed import TCPStore  # noqa: TID251
 
 from vitcli import processes, run
-from vitcli.engine import exact_size
 from vitcli.errors import RecipeError
 from vitcli.processes import Processes
+from vitcli.training.gradients import exact_size
 
 RUN = [
     "runtime={device: cpu, precision: fp32, threads: 1}",

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from vitcli import mistakes, recipe, yaml_tree
+from vitcli import recipe, yaml_tree
+from vitcli import recipe_errors as mistakes
 from vitcli.errors import RecipeError
 from vitcli.recipe import Recipe
 from vitcli.recipe import keys as recipe_keys

@@ -6,7 +6,7 @@ import time
 import pytest
 from command import until
 
-from vitcli.saver import Saver
+from vitcli.training.saver import Saver
 
 
 def test_writing_goes_on_beside_and_all_of_it_is_done_in_order_at_the_end():

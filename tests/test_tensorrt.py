@@ -18,14 +18,15 @@ from command import Vit
 from onnx import TensorProto, numpy_helper
 from test_export import CLASSES, ODD, tiny
 
-from vitcli import checkpoint, exporters, tensorrt_library
+from vitcli import checkpoint, exporters
 from vitcli.data.images import decode
 from vitcli.errors import DataError, RecipeError, UserError
 from vitcli.exporters import _image_graph
 from vitcli.exporters import onnx as to_onnx
 from vitcli.exporters import tensorrt as to_tensorrt
-from vitcli.onnx_model import OnnxPredictor
-from vitcli.onnx_session import Session
+from vitcli.onnx import tensorrt_library
+from vitcli.onnx.model import OnnxPredictor
+from vitcli.onnx.session import Session
 
 # What a ViT needs. TensorRT's parser has all of them.
 OPERATORS = {

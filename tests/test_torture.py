@@ -250,7 +250,7 @@ Classify.losses = limited
 
 STOP = """
 import signal
-from vitcli.meter import Meter
+from vitcli.training.meter import Meter
 add = Meter.add
 def stopped(self, step, *rest):
     add(self, step, *rest)

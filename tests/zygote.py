@@ -22,8 +22,8 @@ LOADED = (
     "sklearn.datasets",
     "torch._dynamo",
     "torch.distributed.tensor",
-    "vitcli.export_command",
-    "vitcli.launch",
+    "vitcli.commands.export",
+    "vitcli.commands.launch",
     "vitcli.weights.huggingface",
 )
 # A run that saves four times, and how it goes on.

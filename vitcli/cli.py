@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
-from vitcli import __version__, console
-from vitcli.bench_command import bench
-from vitcli.console import answer, err, out, print_error
-from vitcli.data_commands import data_commands
+from vitcli import __version__
+from vitcli.commands import console
+from vitcli.commands.bench import bench
+from vitcli.commands.console import answer, err, out, print_error
+from vitcli.commands.data import data_commands
+from vitcli.commands.export import export
+from vitcli.commands.recipes import recipe_names, recipes
+from vitcli.commands.runs import runs
 from vitcli.errors import CheckpointError, DataError, RecipeError
-from vitcli.export_command import export
-from vitcli.recipe_commands import recipe_names, recipes
-from vitcli.run_commands import runs
 
 if TYPE_CHECKING:
     from vitcli.data.sources import Dataset
@@ -130,7 +131,7 @@ def pretrain(
         return
     if gpus:
         _launch(gpus)
-    from vitcli import launch  # loads torch, which a wrong recipe need not wait for
+    from vitcli.commands import launch  # loads torch, which a wrong recipe need not wait for
 
     _finish(launch.begin(loaded, recipe, run, profile=profile), json)
 
@@ -201,7 +202,7 @@ def finetune(
         return
     if gpus:
         _launch(gpus)
-    from vitcli import launch
+    from vitcli.commands import launch
 
     _finish(launch.begin(loaded, recipe, run, ckpt, trained, profile), json)
 
@@ -339,7 +340,7 @@ def doctor(json: Json = False) -> None:
 
 
 def _resume(run: Path, json: bool, gpus: int | None, profile: int) -> None:
-    from vitcli import launch
+    from vitcli.commands import launch
 
     recipe = launch.recipe_of(run)
     if gpus:

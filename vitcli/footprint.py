@@ -8,7 +8,7 @@ from vitcli.model import ResNetStem, ViTConfig
 from vitcli.processes import ALONE, Processes
 from vitcli.recipe import Recipe
 from vitcli.runtime import Runtime
-from vitcli.update import at_a_time
+from vitcli.training.update import at_a_time
 
 FP32 = 4
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from vitcli import checkpoint, runtime
 from vitcli.data import Preprocessing, imagenet
 from vitcli.data.images import EXTENSIONS, BadImage, decode
-from vitcli.data.place import put
+from vitcli.data.prefetch import put
 from vitcli.data.preprocess import normalise, pixels, prepare
 from vitcli.errors import CheckpointError, DataError, NumericsError, UserError
 from vitcli.model.vit import ViT
-from vitcli.onnx_model import OnnxPredictor, Provider
+from vitcli.onnx.model import OnnxPredictor, Provider
 from vitcli.runtime import Runtime, RuntimeConfig
 
 

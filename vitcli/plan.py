@@ -10,7 +10,7 @@ from vitcli.errors import DataError
 from vitcli.model import ViTConfig
 from vitcli.processes import ALONE, Processes
 from vitcli.recipe import Recipe
-from vitcli.update import at_a_time
+from vitcli.training.update import at_a_time
 
 UTILISATION = 0.4  # share of the matrix products' own speed that training reaches, as a rule of thumb
 

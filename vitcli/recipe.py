@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 from pydantic.json_schema import GenerateJsonSchema
 
-from vitcli import mistakes, recipe_files, schema, yaml_tree
+from vitcli import recipe_errors, recipe_files, schema, yaml_tree
 from vitcli.data import DataConfig
 from vitcli.errors import DataError, RecipeError
 from vitcli.model import ViTConfig
@@ -130,12 +130,12 @@ def check(tree: Tree) -> Recipe:
         recipe = Recipe.parse(tree.data)
     except ValidationError as error:
         known = {mistake.path for mistake in found}
-        explained = mistakes.explain(error, Recipe, tree)
+        explained = recipe_errors.explain(error, Recipe, tree)
         found += [new for new in explained if not any(new.path[:n] in known for n in range(len(new.path) + 1))]
         recipe = None
     if recipe is None or found:
         lacking = {mistake.path for mistake in found if "missing" in mistake.message}
-        raise RecipeError(mistakes.lines(found), "; ".join(_HINTS[path] for path in _HINTS if path in lacking))
+        raise RecipeError(recipe_errors.lines(found), "; ".join(_HINTS[path] for path in _HINTS if path in lacking))
     return recipe
 
 
@@ -150,7 +150,7 @@ def read(name_or_path: str | Path) -> Tree:
     path = recipe_files.find(name_or_path)
     tree = yaml_tree.read(recipe_files.text(path), Place(path.as_posix(), 1, 1))
     if not isinstance(tree.data, dict | None):
-        raise RecipeError(f"{tree.place(())}: expected keys and values, got {mistakes.shown(tree.data)}")
+        raise RecipeError(f"{tree.place(())}: expected keys and values, got {recipe_errors.shown(tree.data)}")
     return Tree(tree.data or {}, tree.keys, tree.values, tree.mistakes)
 
 
@@ -159,8 +159,8 @@ def _set(text: str) -> Tree:
     key, equals, value = text.partition("=")
     path = tuple(part.strip() for part in key.split("."))
     if not equals or not all(path):
-        raise RecipeError(f"--set {mistakes.shown(text)}: expected key=value", "as in --set optim.lr=3e-4")
-    place = Place(f"--set {mistakes.shown('.'.join(path))[1:-1]}")
+        raise RecipeError(f"--set {recipe_errors.shown(text)}: expected key=value", "as in --set optim.lr=3e-4")
+    place = Place(f"--set {recipe_errors.shown('.'.join(path))[1:-1]}")
     if len(value) > yaml_tree.MAX_BYTES or len(path) > yaml_tree.MAX_DEPTH:
         raise RecipeError(f"{place}: too long")
     return yaml_tree.moved(yaml_tree.read(value, place), path)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from vitcli import yaml_tree
 from vitcli.errors import RecipeError
-from vitcli.mistakes import shown
+from vitcli.recipe_errors import shown
 
 
 def shipped() -> dict[str, Path]:

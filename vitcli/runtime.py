@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from pydantic import Field, PositiveInt, model_validator
 
 from vitcli.errors import RecipeError
-from vitcli.heap import keep_freed
+from vitcli.malloc import keep_freed
 from vitcli.processes import ALONE, Processes
 from vitcli.schema import Schema, wrong
 
@@ -104,7 +104,7 @@ class Runtime:
 
     def recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` as one CUDA graph, where that is how this runtime computes; else itself."""
-        from vitcli.graph import Recorded
+        from vitcli.cuda_graph import Recorded
 
         records = self.compile and self.alone and not self.checkpoint and self.device.type == "cuda"
         return Recorded(function, self.device) if records else function

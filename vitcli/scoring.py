@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from vitcli.data import imagenet
 from vitcli.data.images import BadImage
 from vitcli.data.loader import eval_batches
-from vitcli.data.place import Batch
+from vitcli.data.prefetch import Batch
 from vitcli.data.preprocess import pixels
 from vitcli.data.sources import Dataset
 from vitcli.errors import DataError, NumericsError

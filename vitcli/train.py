@@ -10,29 +10,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitcli import checkpoint, optim, rng, rollback
+from vitcli import checkpoint, optim, rng
 from vitcli import runtime as runtimes
 from vitcli.checkpoint import Position, Trained
-from vitcli.data.kept import Kept, is_small
 from vitcli.data.loader import eval_batches, fingerprint, train_batches
 from vitcli.data.mix import mix_share, places, targets_of
-from vitcli.data.place import put
+from vitcli.data.prefetch import put
 from vitcli.data.preprocess import normalise
+from vitcli.data.resident import Kept, is_small
 from vitcli.data.sampling import told
 from vitcli.errors import CheckpointError, DataError, UserError
 from vitcli.inference import TorchPredictor
-from vitcli.memory import MicroBatch
-from vitcli.meter import Meter
 from vitcli.processes import ALONE, Processes, whole
-from vitcli.profiling import profiled
 from vitcli.report.plots import draw_results
 from vitcli.report.progress import Progress
 from vitcli.rng import Stream
-from vitcli.saver import Saver
 from vitcli.scoring import MultiLabelScores, score, share_of
 from vitcli.stop import Stop, Stopped
 from vitcli.trackers import tracking
-from vitcli.update import Update, at_a_time
+from vitcli.training import rollback
+from vitcli.training.meter import Meter
+from vitcli.training.micro_batch import MicroBatch
+from vitcli.training.profiling import profiled
+from vitcli.training.saver import Saver
+from vitcli.training.update import Update, at_a_time
 
 if TYPE_CHECKING:
     from vitcli.recipe import Recipe

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vitcli.data import Augment, DataConfig
-from vitcli.data.place import put
+from vitcli.data.prefetch import put
 from vitcli.data.preprocess import prepare, shorter_side, stretch, to_image
 from vitcli.data.randaugment import Images, blend, grey, randaugment
 from vitcli.rng import Generators

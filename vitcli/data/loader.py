@@ -21,10 +21,10 @@ from vitcli import rng
 from vitcli.data import DataConfig, Preprocessing
 from vitcli.data.augment import augment, crop
 from vitcli.data.images import BadImage
-from vitcli.data.kept import kept_batches, kept_images
 from vitcli.data.parallel import cores
-from vitcli.data.place import Batch, ahead, put
+from vitcli.data.prefetch import Batch, ahead, put
 from vitcli.data.preprocess import prepare
+from vitcli.data.resident import kept_batches, kept_images
 from vitcli.data.sampling import Positions, epoch_order, turns
 from vitcli.data.sources import Dataset
 from vitcli.data.workers import CHUNK, Part, Sample, load, start_server

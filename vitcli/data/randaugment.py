@@ -22,7 +22,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitcli.data.place import put
+from vitcli.data.prefetch import put
 from vitcli.rng import Generators
 
 FILL = 128

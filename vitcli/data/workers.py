@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from vitcli.data.parallel import METHOD, follow_parent, start_server_with, uninterrupted
 from vitcli.errors import DataError, UserError
-from vitcli.heap import keep_freed
+from vitcli.malloc import keep_freed
 
 HUNG = 600.0  # seconds after which a process that hands over nothing is given up
 

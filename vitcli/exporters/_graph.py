@@ -158,7 +158,7 @@ def finish(file: Path, metadata: dict[str, str]) -> onnx.ModelProto:
     import onnx
 
     from vitcli import __version__
-    from vitcli.onnx_model import messages
+    from vitcli.onnx.model import messages
 
     model = onnx.load(file, load_external_data=False)
     for part in messages(model):

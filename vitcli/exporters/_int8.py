@@ -29,9 +29,9 @@ import onnx
 import torch
 from onnx import helper, numpy_helper
 
-from vitcli import onnx_providers
 from vitcli.errors import RecipeError
 from vitcli.exporters import _graph
+from vitcli.onnx import providers
 
 LARGEST = 127  # symmetric: -128 is not used
 LEAST = 1e-12  # of a range that is all zeros
@@ -111,7 +111,7 @@ def _ranges(file: Path, names: list[str], batches: Sequence[np.ndarray], percent
 
 def _session(file: Path, outputs: list[str]) -> Any:
     """The model with inner tensors as outputs, run beside its weights."""
-    onnxruntime = onnx_providers.runtime()
+    onnxruntime = providers.runtime()
     model = onnx.load(file, load_external_data=False)
     model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in outputs)
     options = onnxruntime.SessionOptions()

@@ -232,7 +232,7 @@ def _check_opset(model: onnx.ModelProto, opset: int) -> None:
 
 
 def _open(file: Path) -> Predictor:
-    from vitcli.onnx_model import OnnxPredictor
+    from vitcli.onnx.model import OnnxPredictor
 
     return OnnxPredictor(file, "cpu")
 

@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitcli import tensorrt_library
 from vitcli.errors import DataError, RecipeError, UserError
 from vitcli.exporters import Precision, Report, check, onnx, place_for, sample
-from vitcli.tensorrt_library import Library
+from vitcli.onnx import tensorrt_library
+from vitcli.onnx.tensorrt_library import Library
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -56,7 +56,7 @@ def export(
     that does not answer as the checkpoint, and what the ONNX target raises.
     """
     from vitcli.inference import torch_predictor
-    from vitcli.onnx_model import OnnxPredictor
+    from vitcli.onnx.model import OnnxPredictor
 
     if preprocess == "full":
         raise RecipeError("--preprocess full does not go with TensorRT: it takes images of one size", "take normalise")
@@ -105,7 +105,7 @@ def export(
 
 def command(file: Path, max_batch: int | None = None) -> str | None:
     """The line that builds the same engine with NVIDIA's trtexec; None for a graph that takes images of any size."""
-    from vitcli.onnx_model import read
+    from vitcli.onnx.model import read
 
     model = read(file)
     profile = _profile(model, max_batch or LARGEST)
@@ -122,7 +122,7 @@ def command(file: Path, max_batch: int | None = None) -> str | None:
 
 def build(library: Library, file: Path, max_batch: int) -> bytes:
     """An engine of the .onnx for batches of 1 to `max_batch`. Raises DataError with TensorRT's own words."""
-    from vitcli.onnx_model import read
+    from vitcli.onnx.model import read
 
     profile = _profile(read(file), max_batch)
     if profile is None:

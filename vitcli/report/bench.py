@@ -17,7 +17,7 @@ from vitcli.report.doctor import cpu_name
 from vitcli.report.tables import printable, to_json
 
 if TYPE_CHECKING:
-    from vitcli.bench import Bench, Result
+    from vitcli.bench.measure import Bench, Result
     from vitcli.runtime import Runtime
 
 HEADER = ("contender", "img/s", "slowest-fastest", "TFLOP/s", "of ceiling", "peak GiB", "batch", "settings")

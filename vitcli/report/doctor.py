@@ -14,8 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from vitcli import __version__, onnx_providers, tensorrt_library
+from vitcli import __version__
 from vitcli.data.parallel import cores
+from vitcli.onnx import providers, tensorrt_library
 
 PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "pillow", "safetensors")
 BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # AVX512-BF16, AMX, and Arm's
@@ -151,10 +152,10 @@ def _providers() -> Iterator[Finding]:
     if not find_spec("onnxruntime"):
         yield Finding("onnxruntime", "providers", "onnxruntime is missing, so no .onnx can be run", ok=False)
         return
-    providers = onnx_providers.runtime().get_available_providers()
+    named = providers.runtime().get_available_providers()
     with ThreadPoolExecutor() as pool:
-        answers = list(pool.map(onnx_providers.why_not, providers))
-    for provider, answer in zip(providers, answers, strict=True):
+        answers = list(pool.map(providers.why_not, named))
+    for provider, answer in zip(named, answers, strict=True):
         item = provider.removesuffix("ExecutionProvider")
         if answer is None:
             yield Finding("onnxruntime", item, "loads")

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from vitcli.console import err, print_error
+from vitcli.commands.console import err, print_error
 from vitcli.errors import DataError, RecipeError
 
 data_commands = typer.Typer(help="Check data sets, and pack them into shards.", no_args_is_help=True)

@@ -11,8 +11,8 @@ import onnx
 import torch
 from torch import Tensor
 
-from vitcli import onnx_providers
 from vitcli.errors import CheckpointError, UserError
+from vitcli.onnx import providers
 
 Provider = Literal["auto", "cuda", "tensorrt", "cpu"]
 NAMES = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider", "cpu": "CPUExecutionProvider"}
@@ -44,7 +44,7 @@ class Session:
         self.outputs = {end.name: end.shape for end in self._session.get_outputs()}
         self._device = self._stream.device if self._stream else torch.device("cpu")
         self._upload = torch.cuda.Stream() if self._stream else None
-        self._options = onnx_providers.runtime().RunOptions()
+        self._options = providers.runtime().RunOptions()
         if self._stream:  # torch waits on the stream for the answer; ONNX Runtime need not
             self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
@@ -93,7 +93,7 @@ def _open(path: Path, model: onnx.ModelProto, provider: Provider) -> tuple[Any, 
         return _create(path, "cpu", {}), None
     if not torch.cuda.is_available():
         raise UserError(f"--provider {wanted}: no CUDA device is visible", "see vit doctor, or take --provider cpu")
-    if NAMES[wanted] not in onnx_providers.runtime().get_available_providers():
+    if NAMES[wanted] not in providers.runtime().get_available_providers():
         failure = f"this onnxruntime has no {wanted}", "pip install onnxruntime-gpu"
     else:
         stream = torch.cuda.Stream()  # ONNX Runtime takes none for torch's usual one
@@ -105,7 +105,7 @@ def _open(path: Path, model: onnx.ModelProto, provider: Provider) -> tuple[Any, 
             session, refusal = None, error
         if session and session.get_providers()[0] == NAMES[wanted]:
             return session, stream
-        failure = onnx_providers.why_not(NAMES[wanted])
+        failure = providers.why_not(NAMES[wanted])
         if refusal and not failure:
             raise refusal
         failure = failure or ("it loads for another model, but not for this one", "")
@@ -117,13 +117,13 @@ def _open(path: Path, model: onnx.ModelProto, provider: Provider) -> tuple[Any, 
 
 
 def _create(path: Path, provider: str, settings: dict[str, str]) -> Any:
-    onnxruntime = onnx_providers.runtime()
+    onnxruntime = providers.runtime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = torch.get_num_threads()
-    providers = [(NAMES[provider], settings)] + [(NAMES["cpu"], {})] * (provider != "cpu")
+    chosen = [(NAMES[provider], settings)] + [(NAMES["cpu"], {})] * (provider != "cpu")
     try:  # its fallback would print on stdout and compute on the CPU
-        return onnxruntime.InferenceSession(str(path), options, providers, enable_fallback=0)
+        return onnxruntime.InferenceSession(str(path), options, chosen, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's errors share no other class
         raise CheckpointError(f"{path}: ONNX Runtime cannot run it: {str(error).splitlines()[0][:300]}") from None
 

@@ -12,7 +12,7 @@ from vitcli import checkpoint, processes, recipe_files, trackers
 from vitcli import recipe as recipes
 from vitcli import run as runs
 from vitcli.checkpoint import Trained
-from vitcli.console import err, nowhere
+from vitcli.commands.console import err, nowhere
 from vitcli.errors import CheckpointError
 from vitcli.processes import Processes
 from vitcli.recipe import Recipe

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import typer
 from typer import Argument, Option
 
-from vitcli.console import answer, err
+from vitcli.commands.console import answer, err
+from vitcli.commands.recipes import recipe_names
 from vitcli.errors import CheckpointError, RecipeError
-from vitcli.recipe_commands import recipe_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vitcli.bench import Contender
+    from vitcli.bench.measure import Contender
     from vitcli.model import ViTConfig
     from vitcli.recipe import Recipe
     from vitcli.runtime import Runtime
@@ -78,7 +78,8 @@ def train(
     names = _peers(against)
     if names and loaded.objective.name != "classify":
         raise RecipeError(f"no peer trains with objective {loaded.objective.name}", "leave out --against")
-    from vitcli import contenders, runtime
+    from vitcli import runtime
+    from vitcli.bench import contenders
 
     started = runtime.start(loaded.runtime)
     entered = contenders.training(loaded, started, names)
@@ -124,7 +125,8 @@ def infer(
         )
     loaded = None if ckpt else _recipe(recipe or "b16_in1k", sets)
     names = _peers(against)
-    from vitcli import contenders, runtime
+    from vitcli import runtime
+    from vitcli.bench import contenders
     from vitcli.runtime import RuntimeConfig
 
     given = {"device": device, "precision": precision, "threads": threads}
@@ -159,7 +161,8 @@ def data(
     """
     how = _How(_batches(batch), blocks, seconds, _places(output), json)
     loaded = _recipe(recipe, sets)
-    from vitcli import contenders, runtime
+    from vitcli import runtime
+    from vitcli.bench import contenders
 
     started = runtime.start(loaded.runtime)
     height, width = loaded.data.res
@@ -209,7 +212,7 @@ def _places(output: list[Path] | None) -> list[Path]:
 
 def _peers(against: list[str] | None) -> list[str]:
     """The peers that are installed; a warning for each other one. Raises RecipeError for an unknown name."""
-    from vitcli import peers
+    from vitcli.bench import peers
 
     found = []
     for name in dict.fromkeys(name for text in against or () for name in text.split(",")):
@@ -237,8 +240,9 @@ def _finish(
     task: str, model: str, flops: float | None, runtime: Runtime, entered: Sequence[Contender], how: _How
 ) -> None:
     """Measure, print, and write what was asked for."""
-    from vitcli import contenders, storage
-    from vitcli.bench import Bench, measure
+    from vitcli import storage
+    from vitcli.bench import contenders
+    from vitcli.bench.measure import Bench, measure
     from vitcli.report import bench as report
     from vitcli.report.stages import Stages
 

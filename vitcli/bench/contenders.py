@@ -13,19 +13,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vitcli import checkpoint, optim, peers
-from vitcli.bench import Contender
+from vitcli import checkpoint, optim
+from vitcli.bench import peers
+from vitcli.bench.measure import Contender
 from vitcli.checkpoint import Position
 from vitcli.data import Preprocessing
 from vitcli.data.loader import train_batches
-from vitcli.data.place import put
+from vitcli.data.prefetch import put
 from vitcli.inference import Predictor, TorchPredictor
-from vitcli.memory import MicroBatch
-from vitcli.onnx_model import OnnxPredictor
+from vitcli.onnx.model import OnnxPredictor
 from vitcli.processes import ALONE
 from vitcli.recipe import Recipe
 from vitcli.runtime import Runtime
-from vitcli.update import Update
+from vitcli.training.micro_batch import MicroBatch
+from vitcli.training.update import Update
 
 if TYPE_CHECKING:
     from vitcli.model import ViTConfig

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Option
 
-from vitcli.console import answer, err
+from vitcli.commands.console import answer, err
 from vitcli.errors import DataError, RecipeError
 
 if TYPE_CHECKING:

@@ -60,8 +60,8 @@ def schema() -> None:
 @recipes.command("keys")
 def list_keys() -> None:
     """Every key of a recipe, with its type, default and meaning."""
-    from vitcli.mistakes import shown
     from vitcli.recipe import keys
+    from vitcli.recipe_errors import shown
 
     for key in keys():
         default = key.default if isinstance(key.default, str) else shown(key.default)

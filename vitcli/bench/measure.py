@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vitcli.errors import MemoryExhaustedError
-from vitcli.memory import is_out_of_memory
+from vitcli.training.micro_batch import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch

@@ -21,7 +21,7 @@ PACKAGES = {
     "libcu": "onnxruntime-gpu[cuda,cudnn]",
     "libnv": "onnxruntime-gpu[cuda,cudnn]",
 }
-TRIAL = "import sys; from vitcli.onnx_providers import trial; trial(sys.argv[1])"
+TRIAL = "import sys; from vitcli.onnx.providers import trial; trial(sys.argv[1])"
 
 
 def runtime() -> ModuleType:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from vitcli.checkpoint import Position
     from vitcli.processes import Processes
-    from vitcli.update import Done
+    from vitcli.training.update import Done
 
 
 class Meter:

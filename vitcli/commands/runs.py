@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from vitcli.console import answer, err
+from vitcli.commands.console import answer, err
 from vitcli.errors import RecipeError
 
 runs = typer.Typer(help="The runs under runs/.", invoke_without_command=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from vitcli import optim, rng, runtime
-from vitcli.engine import Engine, exact_size
-from vitcli.memory import MicroBatch
 from vitcli.optim import Number
 from vitcli.processes import Processes, plain
 from vitcli.rng import Stream
+from vitcli.training.gradients import Engine, exact_size
+from vitcli.training.micro_batch import MicroBatch
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from vitcli import rng
 from vitcli.data import DataConfig
 from vitcli.data.augment import augment, before_crop, random_crops
 from vitcli.data.images import BadImage
-from vitcli.data.place import Batch, put
+from vitcli.data.prefetch import Batch, put
 from vitcli.data.sampling import Positions
 from vitcli.data.sources import Dataset
 from vitcli.data.workers import CHUNK, Sample, load

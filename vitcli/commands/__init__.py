@@ -1,0 +1,1 @@
+"""The commands of `vit`, one file each or a few that belong together: read, call, print."""

@@ -1,0 +1,1 @@
+"""Exported files at work: an .onnx as a predictor, ONNX Runtime, TensorRT."""
