@@ -20,7 +20,7 @@ class WandB:
             project=os.environ.get("WANDB_PROJECT", "vitcli"),
             id=mark,
             name=run.name,
-            dir=run,
+            dir=str(run),
             config=dict(recipe),
             resume="allow",
             mode="online" if os.environ.get("WANDB_MODE") == "online" else "offline",
