@@ -191,8 +191,8 @@ def score(
         for part in parts:
             waiting += time.monotonic() - asked
             bad += part.get("bad", {}).values()
-            if bad and not allow_bad:
-                break
+            if bad and not allow_bad and processes.count == 1:
+                break  # one of several must not leave those with whom it holds a model
             if len(part["labels"]):
                 labels = columns[part["labels"]]
                 logits = predictor.logits(part["images"])
