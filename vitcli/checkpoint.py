@@ -8,6 +8,7 @@ training.safetensors and state.json hold the rest of what training needs to go o
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -93,7 +94,12 @@ def load(path: Path) -> Trained:
 
 
 def save_model(
-    folder: Path, position: Position, state: dict[str, Tensor], recipe: Recipe, classes: tuple[str, ...]
+    folder: Path,
+    state: dict[str, Tensor],
+    recipe: Recipe,
+    classes: tuple[str, ...],
+    step: int,
+    thresholds: Sequence[float] | None = None,
 ) -> None:
     """Write best/ or last/: a model to use, from the whole of its state; transformers opens it if it has its like."""
     from vitcli.weights import huggingface
@@ -109,16 +115,16 @@ def save_model(
             image_size=recipe.data.res,
             preprocessing=pixels,
             classes=words,
-            thresholds=None if position.thresholds is None else tuple(position.thresholds),
+            thresholds=None if thresholds is None else tuple(thresholds),
         )
         try:
             huggingface.write(foreign, place)
         except CheckpointError as error:
-            _write_model(place, position, state, recipe, classes)
+            _write_model(place, state, recipe, classes, step, thresholds)
             (place / "README.md").write_text(f"A model for `vit`, not for transformers: {error}.\n")
         else:
             config = json.loads((place / "config.json").read_text())
-            config["vitcli"] |= _facts(position, recipe, classes)
+            config["vitcli"] |= _facts(recipe, classes, step, thresholds)
             (place / "config.json").write_text(json.dumps(config, indent=1))
 
     storage.write_folder(folder, write)
@@ -146,7 +152,7 @@ def save_training(
     rest = {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith(prefix)}
 
     def write(place: Path) -> None:
-        _write_model(place, position, model, recipe, classes)
+        _write_model(place, model, recipe, classes, position.step, position.thresholds)
         save_file(rest, place / "training.safetensors")
         (place / "state.json").write_text(json.dumps(asdict(position), indent=1))
 
@@ -242,23 +248,28 @@ def start_from(trained: Trained, config: ViTConfig, classes: int, image_size: tu
 
 
 def _write_model(
-    place: Path, position: Position, state: dict[str, Tensor], recipe: Recipe, classes: tuple[str, ...]
+    place: Path,
+    state: dict[str, Tensor],
+    recipe: Recipe,
+    classes: tuple[str, ...],
+    step: int,
+    thresholds: Sequence[float] | None,
 ) -> None:
     from safetensors.torch import save_file
 
-    (place / "config.json").write_text(json.dumps(_facts(position, recipe, classes), indent=1))
+    (place / "config.json").write_text(json.dumps(_facts(recipe, classes, step, thresholds), indent=1))
     (place / "preprocessor_config.json").write_text(recipe.data.preprocessing.model_dump_json(indent=1))
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, place / "model.safetensors")
 
 
-def _facts(position: Position, recipe: Recipe, classes: tuple[str, ...]) -> dict[str, Any]:
+def _facts(recipe: Recipe, classes: tuple[str, ...], step: int, thresholds: Sequence[float] | None) -> dict[str, Any]:
     """What a config.json says of the run: at its top, or under "vitcli" where transformers has the top."""
     return {
         "format": "vitcli",
         "version": __version__,
-        "step": position.step,
+        "step": step,
         "classes": classes,
-        "thresholds": position.thresholds,
+        "thresholds": thresholds,
         "recipe": recipe.model_dump(),
     }
 

@@ -208,9 +208,9 @@ def fit(
         progress.note(f"warning: skipped too often: back to the weights of step {good.step}, on with other images")
 
     def save_model(name: str) -> None:
-        state, here = whole(module.model.state_dict()), replace(position)
+        state, step, thresholds = whole(module.model.state_dict()), position.step, position.thresholds
         if processes.first:
-            saver.begin(lambda: checkpoint.save_model(run.path / name, here, state, recipe, classes))
+            saver.begin(lambda: checkpoint.save_model(run.path / name, state, recipe, classes, step, thresholds))
 
     saved = position.step if found else -1
     batches = train_batches(

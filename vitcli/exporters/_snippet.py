@@ -66,7 +66,7 @@ print([name for name, p, least in zip(classes, 1 / (1 + np.exp(-answer)), thresh
 """
 
 
-def snippet(file: str, p: Preprocessing, mode: str, tokens: bool, multi_label: bool) -> str:
+def snippet(file: str, p: Preprocessing, mode: str, tokens: bool, multi_label: bool = False) -> str:
     """Python that prints the class of photo.jpg, or where it is `multi_label` its classes. `mode` is --preprocess;
     `tokens`: an answer for each token.
     """
