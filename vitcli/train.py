@@ -29,6 +29,7 @@ from vitcli.scoring import MultiLabelScores, score, share_of
 from vitcli.stop import Stop, Stopped
 from vitcli.trackers import tracking
 from vitcli.training import rollback
+from vitcli.training.gradients import Engine
 from vitcli.training.meter import Meter
 from vitcli.training.micro_batch import MicroBatch
 from vitcli.training.profiling import profiled
@@ -119,6 +120,7 @@ def fit(
     if recipe.optim.freeze:
         optim.freeze(model)
     module = runtime.prepare(recipe.objective.build(model, counts))
+    engine = Engine(module, processes, recipe.runtime.shard, recipe.runtime.exact, runtime.device)
     optimizer = optim.build(recipe.optim, module)
     average = optim.Average(module, recipe.optim.ema) if recipe.optim.ema else None
     position = checkpoint.resume(found, module, optimizer, average) if found else Position()
@@ -129,7 +131,7 @@ def fit(
     rigid = bool(recipe.runtime.exact) or (processes.count > 1 and recipe.runtime.shard == "fsdp")
     size = at_a_time(recipe, processes, position.micro_batch)
     micro_batch = MicroBatch(size, position, processes, rigid, progress.note)
-    update = Update(recipe, module, optimizer, average, runtime, processes, micro_batch)
+    update = Update(recipe, engine, optimizer, average, runtime, processes, micro_batch)
 
     predictor = TorchPredictor(module.model, classes, recipe.data.preprocessing, runtime, origin=str(run.path))
     held_out = Kept(
@@ -245,7 +247,7 @@ def fit(
                         evaluate()
                         saved = min(saved, position.step - 1)  # a checkpoint that owes this score is written again
                     except Stopped:
-                        pass  # the checkpoint then says that this score is still owed
+                        ending = stop.signal  # the checkpoint then says that this score is still owed
                     except UserError:
                         save()
                         raise

@@ -25,6 +25,7 @@ from vitcli.onnx.model import OnnxPredictor
 from vitcli.processes import ALONE
 from vitcli.recipe import Recipe
 from vitcli.runtime import Runtime
+from vitcli.training.gradients import Engine
 from vitcli.training.micro_batch import MicroBatch
 from vitcli.training.update import Update
 
@@ -63,11 +64,12 @@ def _own_step(recipe: Recipe, runtime: Runtime, batch: int) -> Call:
     recipe = recipe.model_copy(update={"batch": batch})
     model = recipe.model.build(classes(recipe), recipe.data.res)
     module = runtime.prepare(recipe.objective.build(model, [1] * classes(recipe))).train()
+    engine = Engine(module, ALONE, "ddp", None, runtime.device)
     optimizer = optim.build(recipe.optim, module)
     average = optim.Average(module, recipe.optim.ema) if recipe.optim.ema else None
     at_a_time = min(batch, recipe.runtime.micro_batch or batch)
     micro_batch = MicroBatch(at_a_time, Position(), ALONE, rigid=True, tell=print)
-    update = Update(recipe, module, optimizer, average, runtime, ALONE, micro_batch)
+    update = Update(recipe, engine, optimizer, average, runtime, ALONE, micro_batch)
     return partial(update, 0, **_batch(recipe, runtime, batch), lr=recipe.optim.lr)
 
 

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from vitcli.objectives._module import ObjectiveModule
     from vitcli.recipe import Recipe
 
 
@@ -28,7 +27,7 @@ class Done(NamedTuple):
 
 
 class Update:
-    """Updates of a prepared module from this process's share of each batch, so many images at a time as memory holds.
+    """Updates of a module from this process's share of each batch, so many images at a time as memory holds.
 
     On CUDA an update is recorded, where it takes the batch whole.
     """
@@ -36,17 +35,16 @@ class Update:
     def __init__(
         self,
         recipe: Recipe,
-        module: ObjectiveModule,
+        engine: Engine,
         optimizer: torch.optim.Optimizer,
         average: optim.Average | None,
         started: runtime.Runtime,
         processes: Processes,
         micro_batch: MicroBatch,
     ):
-        self._recipe, self._module, self._optimizer, self._average = recipe, module, optimizer, average
+        self._recipe, self._engine, self._optimizer, self._average = recipe, engine, optimizer, average
         self._runtime, self._rank, self._share = started, processes.rank, len(processes.share(recipe.batch))
         self._micro_batch = micro_batch
-        self._engine = Engine(module, processes, recipe.runtime.shard, recipe.runtime.exact, started.device)
         self._recorded = started.recorded(self._learn)
 
     def __call__(self, step: int, images: Tensor, targets: Tensor, lr: float) -> Done:
@@ -63,7 +61,7 @@ class Update:
             with attempt:
                 losses, means = {}, {}  # a failed attempt's losses hold what its backward pass needed
                 if attempt.again:
-                    self._module.zero_grad()
+                    self._engine.module.zero_grad()
                 size = self._micro_batch.size
                 parts = list(zip(images.split(size), targets.split(size), strict=True))
                 for index, (some, own) in enumerate(parts):
@@ -76,7 +74,7 @@ class Update:
                         (losses["loss"] * weight).backward()
                     for name, value in losses.items():
                         means[name] = means.get(name, 0.0) + value.detach() * weight
-        norm = optim.clip(self._module, self._recipe.optim.clip)
+        norm = optim.clip(self._engine.module, self._recipe.optim.clip)
         finite = norm.isfinite()
         optim.update(self._optimizer, lr, finite)
         if self._average:
