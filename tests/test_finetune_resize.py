@@ -17,12 +17,13 @@ from transformers import ViTConfig as TheirConfig
 from transformers import ViTModel
 
 from vitcli import checkpoint
-from vitcli.checkpoint import Trained, start_from
+from vitcli.checkpoint import Trained
 from vitcli.data import Preprocessing
 from vitcli.errors import CheckpointError
 from vitcli.model import ViTConfig
 from vitcli.model.position import resize, resize_state
 from vitcli.model.stem import resize_patches
+from vitcli.transfer import start_from
 
 GRIDS = [((4, 4), (7, 7)), ((7, 7), (4, 4)), ((4, 4), (6, 9)), ((5, 7), (8, 6)), ((14, 14), (13, 17))]
 SHORT = ("steps=2", "optim.warmup_steps=1", "batch=16", "data.workers=0", "data.augment.crop=central_crop", TINY[3])

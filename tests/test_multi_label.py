@@ -34,7 +34,8 @@ from vitcli.inference import Answer, Guess, open_predictor
 from vitcli.objectives import Objective
 from vitcli.objectives.classify import Classify
 from vitcli.report import tables as reports
-from vitcli.scoring import MultiLabelTally, best_threshold, score
+from vitcli.scores import MultiLabelTally, best_threshold
+from vitcli.scoring import score
 
 NAMES = ("bar", "line", "square")  # as they are sorted
 SMALL = ("model={width: 32, depth: 2, mlp_dim: 64, heads: 2, patch: 4, pool: gap}", "batch=32", "log_every=10")

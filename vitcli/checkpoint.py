@@ -9,26 +9,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from vitcli import __version__, optim, storage, weights
+from vitcli import __version__, storage, weights
 from vitcli.data import Preprocessing
 from vitcli.data.imagenet import WNIDS, as_ids, in_words
 from vitcli.errors import CheckpointError
 from vitcli.model import ViTConfig
-from vitcli.processes import spread, whole
 from vitcli.recipe import Recipe
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from vitcli.model.vit import ViT
-    from vitcli.objectives._module import ObjectiveModule
 
 
 @dataclass(frozen=True)
@@ -50,29 +47,6 @@ class Trained:
     thresholds: tuple[float, ...] | None = None
 
 
-@dataclass
-class Position:
-    """Where training stands, between two updates. All else follows from the step."""
-
-    step: int = 0
-    best_score: float | None = None
-    best_step: int = 0
-    scored_step: int = 0
-    log_bytes: int = 0
-    # Sums since the last line of metrics.jsonl: "images", and each of the objective's scalars times images.
-    sums: dict[str, float] = field(default_factory=dict)
-    # Indices of the training images that could not be read and were replaced, in order.
-    bad_images: list[int] = field(default_factory=list)
-    # Updates that were skipped because their gradient was not finite.
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    rollbacks: int = 0
-    # Images that a process computes at a time, where memory held no more; None: as the recipe says.
-    micro_batch: int | None = None
-    # Of the last evaluation, as Trained has them.
-    thresholds: list[float] | None = None
-
-
 def load(path: Path) -> Trained:
     """The model of a run folder, of one of its checkpoints, or of a foreign file.
 
@@ -91,6 +65,12 @@ def load(path: Path) -> Trained:
     if not path.is_dir():
         raise CheckpointError(f"{path} is a device or a pipe, not a file")
     return _load_own(_usable(path))
+
+
+def recipe_of(path: Path) -> Recipe | None:
+    """The recipe of a run folder or of one of its checkpoints, without the weights; None for a foreign file."""
+    folder = _usable(path) if path.is_dir() and not weights.is_folder(path) else path
+    return _facts_of(folder)[1] if (folder / storage.MANIFEST).exists() else None
 
 
 def save_model(
@@ -120,7 +100,7 @@ def save_model(
         try:
             huggingface.write(foreign, place)
         except CheckpointError as error:
-            _write_model(place, state, recipe, classes, step, thresholds)
+            write_model(place, state, recipe, classes, step, thresholds)
             (place / "README.md").write_text(f"A model for `vit`, not for transformers: {error}.\n")
         else:
             config = json.loads((place / "config.json").read_text())
@@ -128,35 +108,6 @@ def save_model(
             (place / "config.json").write_text(json.dumps(config, indent=1))
 
     storage.write_folder(folder, write)
-
-
-def training_state(
-    module: ObjectiveModule, optimizer: torch.optim.Optimizer, average: optim.Average | None
-) -> dict[str, Tensor]:
-    """All tensors that training needs to go on, whole and on the CPU. Processes that train together call it at once."""
-    tensors = {f"module/{name}": tensor for name, tensor in module.state_dict().items()}
-    tensors |= {f"optimizer/{name}": tensor for name, tensor in optim.state(optimizer, module).items()}
-    if average:
-        tensors |= {f"average/{name}": tensor for name, tensor in average.tensors.items()}
-    return whole(tensors)
-
-
-def save_training(
-    folder: Path, position: Position, state: dict[str, Tensor], recipe: Recipe, classes: tuple[str, ...]
-) -> None:
-    """Write a checkpoint to resume from, with what `training_state` gave."""
-    from safetensors.torch import save_file
-
-    prefix = "module/model."
-    model = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    rest = {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith(prefix)}
-
-    def write(place: Path) -> None:
-        _write_model(place, model, recipe, classes, position.step, position.thresholds)
-        save_file(rest, place / "training.safetensors")
-        (place / "state.json").write_text(json.dumps(asdict(position), indent=1))
-
-    storage.write_folder(folder / f"step_{position.step:08d}", write)
 
 
 def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
@@ -172,82 +123,7 @@ def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
     return None, passed
 
 
-def resume(
-    folder: Path, module: ObjectiveModule, optimizer: torch.optim.Optimizer, average: optim.Average | None
-) -> Position:
-    """Put a verified checkpoint back into training's parts, to the bit."""
-    from safetensors.torch import load_file
-
-    tensors = load_file(folder / "training.safetensors")
-    own = load_file(folder / "model.safetensors")
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-    live = dict(module.state_dict())
-    found = {f"model.{name}": tensor for name, tensor in own.items()} | part("module/")
-    module.load_state_dict({name: spread(tensor, like=live[name]) for name, tensor in found.items()})
-    optim.load_state(optimizer, module, part("optimizer/"))
-    if average:
-        for name, tensor in part("average/").items():
-            average.tensors[name].copy_(spread(tensor, like=average.tensors[name]))
-    return Position(**json.loads((folder / "state.json").read_text()))
-
-
-def prune(checkpoints: Path, keep_last: int, keep_every: int | None) -> None:
-    """Delete checkpoints beyond the newest `keep_last`, but for those at multiples of `keep_every` steps."""
-    for folder in sorted(checkpoints.glob("step_*"))[:-keep_last]:
-        if not keep_every or int(folder.name.removeprefix("step_")) % keep_every:
-            storage.remove_folder(folder)
-
-
-def start_from(trained: Trained, config: ViTConfig, classes: int, image_size: tuple[int, int]) -> tuple[ViT, list[str]]:
-    """A model for another task that starts from trained weights: new zero head, patches resized and position table
-    stretched where `config` and `image_size` want others, `pre_logits` kept where `config` has it.
-
-    Returns the model and a line for each thing that was not taken over as it is. Raises CheckpointError where the
-    architectures differ otherwise.
-    """
-    from vitcli.model.position import resize_state
-    from vitcli.model.stem import resize_patches
-
-    model = config.build(classes, image_size)
-    fresh, old = model.state_dict(), trained.model.state_dict()
-    notes = []
-
-    before, after = trained.config.patch, config.patch
-    size = trained.image_size
-    if before != after:
-        if config.stem or trained.config.stem:
-            raise CheckpointError(f"{trained.origin}: a hybrid's patches are not resized", f"set model.patch={before}")
-        old = {**old, "patch_embed.proj.weight": resize_patches(old["patch_embed.proj.weight"], after)}
-        size = (size[0] // before * after, size[1] // before * after)  # which has as many of the new patches
-        notes.append(f"patches resized {before}x{before} -> {after}x{after} (FlexiViT's pseudo-inverse)")
-    if size != image_size and "pos_embed" in old:
-        old = resize_state(old, config, size, image_size)
-        grids = " -> ".join("x".join(map(str, config.grid(side))) for side in (size, image_size))
-        notes.append(f"position table stretched {grids} ({config.posemb_resize})")
-
-    keep = "pre_logits.fc.weight" in old and config.representation_size is not None
-    taken = {
-        name: tensor
-        for name, tensor in old.items()
-        if not name.startswith(("head.", "head_dist.")) and (keep or not name.startswith("pre_logits."))
-    }
-    if trained.model.classes:
-        outputs = f"{len(trained.classes)} classes" if trained.classes else f"{trained.model.classes} features"
-        dropped = ", with pre_logits" if "pre_logits.fc.weight" in old.keys() - taken.keys() else ""
-        notes.append(f"old head dropped ({outputs}{dropped})" + (", pre_logits kept" if keep else ""))
-    notes.append(f"new zero head for {classes} classes")
-
-    heads = {name: tensor for name, tensor in fresh.items() if name.startswith(("head.", "head_dist.", "pre_logits."))}
-    state = heads | taken
-    _check_fit(fresh, state, trained.origin)
-    model.load_state_dict(state)
-    return model, notes
-
-
-def _write_model(
+def write_model(
     place: Path,
     state: dict[str, Tensor],
     recipe: Recipe,
@@ -255,6 +131,7 @@ def _write_model(
     step: int,
     thresholds: Sequence[float] | None,
 ) -> None:
+    """The files of a model that is ours alone: config.json, preprocessor_config.json and model.safetensors."""
     from safetensors.torch import save_file
 
     (place / "config.json").write_text(json.dumps(_facts(recipe, classes, step, thresholds), indent=1))
@@ -293,18 +170,14 @@ def _load_own(folder: Path) -> Trained:
     from safetensors.torch import load_file
 
     storage.verify(folder)
+    facts, recipe, at_top = _facts_of(folder)
     try:
-        config = json.loads((folder / "config.json").read_text())
-        facts = config.get("vitcli", config)
-        recipe = Recipe.parse(facts["recipe"])
         classes = tuple(facts["classes"])
         thresholds = checked_thresholds(facts.get("thresholds"), len(classes))  # older files do not say
         step = int(facts["step"])
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, ValidationError) as error:
-        raise CheckpointError(
-            f"{folder / 'config.json'} is not a vitcli checkpoint's: {error}".splitlines()[0]
-        ) from None
-    if facts is config:
+    except (ValueError, KeyError, TypeError) as error:
+        raise _not_ours(folder, error) from None
+    if at_top:
         state = load_file(folder / "model.safetensors") | _averaged(folder)
         for name, tensor in state.items():
             if tensor.is_floating_point() and not weights.is_finite(tensor):
@@ -323,6 +196,20 @@ def _load_own(folder: Path) -> Trained:
         recipe=recipe,
         thresholds=thresholds,
     )
+
+
+def _facts_of(folder: Path) -> tuple[dict[str, Any], Recipe, bool]:
+    """What a config.json says of the run, its recipe, and whether it stands at its top, not under transformers' own."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        facts = config.get("vitcli", config)
+        return facts, Recipe.parse(facts["recipe"]), facts is config
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, ValidationError) as error:
+        raise _not_ours(folder, error) from None
+
+
+def _not_ours(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{folder / 'config.json'} is not a vitcli checkpoint's: {error}".splitlines()[0])
 
 
 def checked_thresholds(found: Any, classes: int) -> tuple[float, ...] | None:
@@ -376,13 +263,13 @@ def _build(config: ViTConfig, classes: int, image_size: tuple[int, int], state: 
 
     with torch.device("meta"):
         model = config.build(classes, image_size)
-    _check_fit(model.state_dict(), state, origin)
+    check_fit(model.state_dict(), state, origin)
     model.load_state_dict(state, assign=True)
     model.fix_positions()
     return model.eval()
 
 
-def _check_fit(expected: dict[str, Tensor], found: dict[str, Tensor], origin: str) -> None:
+def check_fit(expected: dict[str, Tensor], found: dict[str, Tensor], origin: str) -> None:
     """Names and shapes, before anything is loaded."""
     for problem, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
         if names:

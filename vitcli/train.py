@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitcli import checkpoint, optim, rng
 from vitcli import runtime as runtimes
-from vitcli.checkpoint import Position, Trained
+from vitcli.checkpoint import Trained
 from vitcli.data.loader import eval_batches, fingerprint, train_batches
 from vitcli.data.mix import mix_share, places, targets_of
 from vitcli.data.prefetch import put
@@ -25,7 +25,8 @@ from vitcli.processes import ALONE, Processes, whole
 from vitcli.report.plots import draw_results
 from vitcli.report.progress import Progress
 from vitcli.rng import Stream
-from vitcli.scoring import MultiLabelScores, score, share_of
+from vitcli.scores import MultiLabelScores
+from vitcli.scoring import score, share_of
 from vitcli.stop import Stop, Stopped
 from vitcli.trackers import tracking
 from vitcli.training import rollback
@@ -34,7 +35,9 @@ from vitcli.training.meter import Meter
 from vitcli.training.micro_batch import MicroBatch
 from vitcli.training.profiling import profiled
 from vitcli.training.saver import Saver
+from vitcli.training.state import Position, prune, resume, save_training, training_state
 from vitcli.training.update import Update, at_a_time
+from vitcli.transfer import start_from
 
 if TYPE_CHECKING:
     from vitcli.recipe import Recipe
@@ -108,7 +111,7 @@ def fit(
 
     runtimes.seed(rng.torch_seed(recipe.seed, Stream.INIT))
     if trained and not found:
-        model, notes = checkpoint.start_from(trained, recipe.model, len(classes), recipe.data.res)
+        model, notes = start_from(trained, recipe.model, len(classes), recipe.data.res)
         for note in [f"starting from {trained.origin}", *notes]:
             progress.note(note)
     else:
@@ -123,7 +126,7 @@ def fit(
     engine = Engine(module, processes, recipe.runtime.shard, recipe.runtime.exact, runtime.device)
     optimizer = optim.build(recipe.optim, module)
     average = optim.Average(module, recipe.optim.ema) if recipe.optim.ema else None
-    position = checkpoint.resume(found, module, optimizer, average) if found else Position()
+    position = resume(found, module, optimizer, average) if found else Position()
     if train_set.multi_label and not found:
         position.thresholds = [0.5] * len(classes)
     run.rewind_log(position.log_bytes)
@@ -188,11 +191,11 @@ def fit(
     def save() -> None:
         settle()
         position.log_bytes = run.log_size()
-        state, here = checkpoint.training_state(module, optimizer, average), replace(position)
+        state, here = training_state(module, optimizer, average), replace(position)
 
         def write() -> None:
-            checkpoint.save_training(run.checkpoints, here, state, recipe, classes)
-            checkpoint.prune(run.checkpoints, recipe.keep_last, recipe.keep_every)
+            save_training(run.checkpoints, here, state, recipe, classes)
+            prune(run.checkpoints, recipe.keep_last, recipe.keep_every)
 
         if processes.first:
             saver.begin(write)
@@ -204,7 +207,7 @@ def fit(
             saver.wait()
             return rollback.target(run.checkpoints, position, save_every, steps)
 
-        good = checkpoint.resume(processes.of_first(find), module, optimizer, average)
+        good = resume(processes.of_first(find), module, optimizer, average)
         position.skipped_in_a_row, position.rollbacks = 0, position.rollbacks + 1
         run.log(step=position.step, rolled_back_to=good.step)
         progress.note(f"warning: skipped too often: back to the weights of step {good.step}, on with other images")

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from vitcli import checkpoint, optim
 from vitcli.bench import peers
 from vitcli.bench.measure import Contender
-from vitcli.checkpoint import Position
 from vitcli.data import Preprocessing
 from vitcli.data.loader import train_batches
 from vitcli.data.prefetch import put
@@ -27,6 +26,7 @@ from vitcli.recipe import Recipe
 from vitcli.runtime import Runtime
 from vitcli.training.gradients import Engine
 from vitcli.training.micro_batch import MicroBatch
+from vitcli.training.state import Position
 from vitcli.training.update import Update
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Option
 
 from vitcli.commands.console import answer, err
+from vitcli.commands.options import newest
 from vitcli.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -109,13 +110,11 @@ def export(
         flag = options[key] if key == "precision" else FLAGS.get(key, key)
         raise RecipeError(f"--{flag} has no effect with --to {name}", "it is for --onnx")
 
-    from vitcli import checkpoint, run
+    from vitcli import checkpoint
     from vitcli.report import tables
     from vitcli.report.stages import Stages
 
-    if ckpt is None:
-        ckpt = run.newest_finished()
-        err.print(f"using {ckpt}", highlight=False)
+    ckpt = ckpt or newest()
     trained = checkpoint.load(ckpt)
     folder = ckpt if (ckpt / "checkpoints").is_dir() else None
     usual = folder / "export" / target.OUTPUT if folder else Path(target.OUTPUT.replace("model", ckpt.stem))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vitcli.plan import Plan
     from vitcli.recipe import Recipe
     from vitcli.report.doctor import Finding
-    from vitcli.scoring import Scores
+    from vitcli.scores import Scores
     from vitcli.train import Outcome
 
 CSV_HEADER = ("path", "rank", "class", "name", "probability", "error")

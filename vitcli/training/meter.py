@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vitcli.checkpoint import Position
     from vitcli.processes import Processes
+    from vitcli.training.state import Position
     from vitcli.training.update import Done
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from vitcli.errors import MemoryExhaustedError
 
 if TYPE_CHECKING:
-    from vitcli.checkpoint import Position
     from vitcli.processes import Processes
+    from vitcli.training.state import Position
 
 
 @dataclass

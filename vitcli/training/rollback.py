@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 
 from vitcli import storage
-from vitcli.checkpoint import Position
 from vitcli.errors import CheckpointError, NumericsError
+from vitcli.training.state import Position
 
 IN_A_ROW = 3  # skipped updates that are too many
 TIMES = 3  # that a run goes back

@@ -1,0 +1,91 @@
+"""`vit eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Option
+
+from vitcli.commands.console import answer, err
+from vitcli.commands.options import INPUT, RESULT, Checkpoint, Device, Json, Precision, Provider, newest
+from vitcli.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from vitcli.data.sources import Dataset
+
+
+def evaluate(
+    ckpt: Checkpoint = None,
+    data: Annotated[
+        str | None,
+        Option(help="Class folders, shards or a table; or digits. [dim]The run's[/]", rich_help_panel=INPUT),
+    ] = None,
+    separator: Annotated[
+        str | None, Option(help="What stands between several labels of a table's image.", rich_help_panel=INPUT)
+    ] = None,
+    batch: Annotated[int, Option(min=1)] = 64,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    provider: Provider = "auto",
+    allow_bad: Annotated[
+        bool, Option("--allow-bad", help="Leave unreadable images out of the score.", rich_help_panel=INPUT)
+    ] = False,
+    min_top1: Annotated[
+        float | None, Option(min=0, max=1, help="Exit 3 below this share.", rich_help_panel=RESULT)
+    ] = None,
+    min_map: Annotated[
+        float | None,
+        Option(min=0, max=1, help="Exit 3 below this mAP, of several labels an image.", rich_help_panel=RESULT),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Score a model on labelled images; classes meet by name.
+
+    vit eval
+
+    vit eval --ckpt ViT-B_16.npz --data imagenet/val --json
+    """
+    from vitcli.inference import open_predictor
+    from vitcli.report import tables
+    from vitcli.scoring import score
+
+    ckpt = ckpt or newest()
+    predictor = open_predictor(ckpt, device=device, provider=provider, precision=precision)
+    dataset = _images_to_score(ckpt, data, separator)
+    if predictor.thresholds is not None and not dataset.multi_label:
+        warning = "warning: the model finds several classes in an image, and these images have one label each"
+        err.print(f"{warning}; of a table, --separator says otherwise", highlight=False, soft_wrap=True)
+    if min_top1 is not None and dataset.multi_label:
+        raise RecipeError("--min-top1 is for one label an image, and these have several", "take --min-map")
+    if min_map is not None and not dataset.multi_label:
+        raise RecipeError("--min-map is for several labels an image, and these have one", "take --min-top1")
+    for note in dataset.notes:
+        err.print(note, highlight=False, markup=False, soft_wrap=True)
+    with err.status(f"scoring {len(dataset):,} images"):
+        scores = score(predictor, dataset, batch=batch, workers=None, allow_bad=allow_bad)
+    answer(
+        json,
+        lambda: tables.scores_json(scores, str(ckpt)),
+        lambda: tables.scores_table(scores),
+        lambda: tables.scores_lines(scores),
+    )
+    key, measure, value = scores.headline
+    least = min_map if min_top1 is None else min_top1
+    if least is not None and value < least:
+        raise DataError(f"{measure} {value:.2%} is below --min-{key} {least:.2%}")
+
+
+def _images_to_score(ckpt: Path, data: str | None, separator: str | None) -> Dataset:
+    """The images of --data, or else those that the run holds out."""
+    from vitcli import checkpoint
+    from vitcli.data.sources import described, parsed
+
+    if data is not None:
+        return parsed(described(data, separator)).open_for_scoring()
+    if separator is not None:
+        raise RecipeError("--separator goes with --data", "the run knows its own")
+    recipe = checkpoint.recipe_of(ckpt)
+    if recipe is None:
+        raise DataError("no --data given", f"{ckpt} does not say what it was trained on: --data FOLDER")
+    return recipe.data.source.open("val")

@@ -1,0 +1,54 @@
+"""Trained weights as the start of another task."""
+
+from __future__ import annotations
+
+from vitcli.checkpoint import Trained, check_fit
+from vitcli.errors import CheckpointError
+from vitcli.model import ViTConfig
+from vitcli.model.vit import ViT
+
+
+def start_from(trained: Trained, config: ViTConfig, classes: int, image_size: tuple[int, int]) -> tuple[ViT, list[str]]:
+    """A model for another task that starts from trained weights: new zero head, patches resized and position table
+    stretched where `config` and `image_size` want others, `pre_logits` kept where `config` has it.
+
+    Returns the model and a line for each thing that was not taken over as it is. Raises CheckpointError where the
+    architectures differ otherwise.
+    """
+    from vitcli.model.position import resize_state
+    from vitcli.model.stem import resize_patches
+
+    model = config.build(classes, image_size)
+    fresh, old = model.state_dict(), trained.model.state_dict()
+    notes = []
+
+    before, after = trained.config.patch, config.patch
+    size = trained.image_size
+    if before != after:
+        if config.stem or trained.config.stem:
+            raise CheckpointError(f"{trained.origin}: a hybrid's patches are not resized", f"set model.patch={before}")
+        old = {**old, "patch_embed.proj.weight": resize_patches(old["patch_embed.proj.weight"], after)}
+        size = (size[0] // before * after, size[1] // before * after)  # which has as many of the new patches
+        notes.append(f"patches resized {before}x{before} -> {after}x{after} (FlexiViT's pseudo-inverse)")
+    if size != image_size and "pos_embed" in old:
+        old = resize_state(old, config, size, image_size)
+        grids = " -> ".join("x".join(map(str, config.grid(side))) for side in (size, image_size))
+        notes.append(f"position table stretched {grids} ({config.posemb_resize})")
+
+    keep = "pre_logits.fc.weight" in old and config.representation_size is not None
+    taken = {
+        name: tensor
+        for name, tensor in old.items()
+        if not name.startswith(("head.", "head_dist.")) and (keep or not name.startswith("pre_logits."))
+    }
+    if trained.model.classes:
+        outputs = f"{len(trained.classes)} classes" if trained.classes else f"{trained.model.classes} features"
+        dropped = ", with pre_logits" if "pre_logits.fc.weight" in old.keys() - taken.keys() else ""
+        notes.append(f"old head dropped ({outputs}{dropped})" + (", pre_logits kept" if keep else ""))
+    notes.append(f"new zero head for {classes} classes")
+
+    heads = {name: tensor for name, tensor in fresh.items() if name.startswith(("head.", "head_dist.", "pre_logits."))}
+    state = heads | taken
+    check_fit(fresh, state, trained.origin)
+    model.load_state_dict(state)
+    return model, notes
