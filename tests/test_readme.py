@@ -48,7 +48,7 @@ def test_exactly_two_commands_set_up():
     ]
 
 
-def test_every_source_file_has_its_line():
+def test_every_file_and_folder_has_its_line():
     files = {f"vitcli/{path.name}" for path in (ROOT / "vitcli").glob("*.py")} - {"vitcli/__init__.py"}
     folders = {f"{path.parent.relative_to(ROOT)}/" for path in (ROOT / "vitcli").glob("*/**/__init__.py")}
     assert set(re.findall(r"^\| `(vitcli/\S+)` \|", README, re.M)) == files | folders
