@@ -267,6 +267,7 @@ def bad_images(run: Path) -> list[int]:
     return json.loads((max((run / "checkpoints").iterdir()) / "state.json").read_text())["bad_images"]
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_counted_once_by_all_processes_together(tmp_path, damaged):
     settings = replacing(damaged, 0.125)
     said = alone("pretrain", "quickstart", *settings, "--run", "one", "--json", cwd=tmp_path)

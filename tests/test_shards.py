@@ -114,11 +114,11 @@ def test_a_pack_goes_on_behind_the_shards_that_are_whole(folder, tmp_path, vit):
     (out / "train-000001.json").unlink()  # killed between the tar and its list
     (out / "train-000003.tar").write_bytes(before["train-000003.tar"][:1000])
     (out / ".tmp-train-000001.tar").write_bytes(b"left over")
-    untouched = (out / "train-000000.tar").stat().st_mturnns
+    untouched = (out / "train-000000.tar").stat().st_mtime_ns
     said = vit(*pack)
     assert (said.code, said.json["found"], said.json["shards"]) == (0, 5, 7)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
-    assert (out / "train-000000.tar").stat().st_mturnns == untouched
+    assert (out / "train-000000.tar").stat().st_mtime_ns == untouched
     said = vit("data", "pack", folder, out, "--per-shard", "5")
     assert said.code == 3
     assert "holds shards of other images or settings" in said.err

@@ -114,10 +114,6 @@ def test_any_tensor_of_a_wrong_shape(tmp_path, shape):
         refusal(tmp_path / "model.safetensors")
 
 
-def test_heads_that_do_not_fit(tmp_path):
-    assert "width 48 is not divisible by heads 5" in refusal(saved(tmp_path), heads=5)
-
-
 def test_unknown_format_names_the_known_ones(tmp_path):
     save_file({"conv1.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
