@@ -223,8 +223,14 @@ def test_a_run_folder_is_never_overwritten(vit, run, tmp_path):
     said = vit("pretrain", "quickstart", "--run", run)
     assert said.code == 4
     assert f"continue it with --resume {run}" in said.err
-    (tmp_path / "empty").mkdir()
-    assert vit("pretrain", "quickstart", *sets(*TINY, "steps=5"), "--run", tmp_path / "empty").code == 0
+    wrong = vit("pretrain", "quickstart", *sets(*TINY, "data.classes=9"), "--run", tmp_path / "run")
+    assert (wrong.code, "the data has 10 classes" in wrong.err) == (3, True)  # before anything has begun
+    assert vit("pretrain", "quickstart", *sets(*TINY, "steps=5"), "--run", tmp_path / "run").code == 0
+    (tmp_path / "mine").mkdir()
+    assert vit("pretrain", "quickstart", *sets(*TINY, "steps=5"), "--run", tmp_path / "mine").code == 0
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").write_text("not a run's")
+    assert vit("pretrain", "quickstart", "--run", tmp_path / "other").code == 4
 
 
 def test_keys_are_listed_with_their_defaults(vit):

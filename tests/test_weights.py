@@ -40,10 +40,10 @@ def assert_same(foreign: Foreign, model: ViT) -> None:
     assert torch.equal(model_of(foreign)(x), model(x))
 
 
-def refusal(path: Path, **options) -> str:
+def refusal(path: Path) -> str:
     """The message with which a file is refused: one line, that says which file."""
     with pytest.raises(CheckpointError) as caught:
-        load(path, **options)
+        load(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
     assert len(message.splitlines()) == 1

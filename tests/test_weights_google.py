@@ -52,10 +52,10 @@ def assert_answers(path: Path, reference: Reference) -> Trained:
     return trained
 
 
-def refusal(folder: Path, arrays: Arrays, **options) -> str:
+def refusal(folder: Path, arrays: Arrays) -> str:
     path = saved(folder, arrays)
     with pytest.raises(CheckpointError) as caught:
-        load(path, **options)
+        load(path)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value).removeprefix(f"{path}: ")
 

@@ -20,6 +20,8 @@ from vitcli import storage
 from vitcli.errors import CheckpointError, LockedError, StorageError
 
 RUNS = Path("runs")
+# What a run folder holds before its first checkpoint.
+BEGINNING = ("recipe.yaml", "recipe.resolved.yaml", "start.json", "launch.txt", "env.json", "train.log", "track.txt")
 
 
 class Run:
@@ -131,17 +133,28 @@ def _ended(owner: str) -> bool:
 
 
 def create(name: str, path: Path | None = None) -> Run:
-    """A new run folder: `path`, which must be new or empty, or runs/NAME, runs/NAME-2, …"""
+    """A new run folder: `path`, or runs/NAME, runs/NAME-2, …
+
+    `path` must be new or empty, or left by a run that ended before it had begun.
+    """
     for folder in [path] if path else _names(name):
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
-            if not (path and path.is_dir() and not any(path.iterdir())):
+            if not (path and _is_unused(path)):
                 continue
         except OSError as error:
             raise StorageError(f"cannot make the run folder {folder}: {error.strerror}") from error
-        return Run(folder)
+        run = Run(folder)
+        for name in BEGINNING:
+            (folder / name).unlink(missing_ok=True)
+        return run
     raise CheckpointError(f"{path} exists already", f"continue it with --resume {path}, or choose another --run")
+
+
+def _is_unused(folder: Path) -> bool:
+    names = {file.name for file in folder.iterdir()} if folder.is_dir() else {""}
+    return names <= {*BEGINNING, "run.lock", "checkpoints"} and not any((folder / "checkpoints").glob("*"))
 
 
 def launched(launch: str, path: Path | None, name: str) -> Path | None:

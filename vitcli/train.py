@@ -19,7 +19,7 @@ from vitcli.data.prefetch import put
 from vitcli.data.preprocess import normalise
 from vitcli.data.resident import Kept, is_small
 from vitcli.data.sampling import told
-from vitcli.errors import CheckpointError, DataError, UserError
+from vitcli.errors import CheckpointError, DataError, NumericsError
 from vitcli.inference import TorchPredictor
 from vitcli.processes import ALONE, Processes, whole
 from vitcli.report.plots import draw_results
@@ -251,7 +251,7 @@ def fit(
                         saved = min(saved, position.step - 1)  # a checkpoint that owes this score is written again
                     except Stopped:
                         ending = stop.signal  # the checkpoint then says that this score is still owed
-                    except UserError:
+                    except (DataError, NumericsError):  # which all processes meet
                         save()
                         raise
             if saved < position.step and (position.step == 0 or ending or _due(position.step, save_every, steps)):
