@@ -56,7 +56,7 @@ class Numbered(Dataset):
 class Table:
     """A predictor that looks the answer for an image up by its grey level."""
 
-    thresholds = None
+    thresholds, whole = None, False
 
     def __init__(self, logits, classes=NAMES):
         self.table, self.classes = torch.as_tensor(logits, dtype=torch.float32), tuple(classes)

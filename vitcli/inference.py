@@ -22,21 +22,23 @@ from vitcli.data.prefetch import put
 from vitcli.data.preprocess import normalise, pixels, prepare
 from vitcli.errors import CheckpointError, DataError, NumericsError, UserError
 from vitcli.model.vit import ViT
-from vitcli.onnx.model import OnnxPredictor, Provider
+from vitcli.onnx.providers import Provider
 from vitcli.runtime import Runtime, RuntimeConfig
 
 
 class Predictor(Protocol):
     """What can answer for images. `classes` are names in the order of the logits.
 
-    Where an image may be of several classes, `thresholds` are the probabilities from which on each applies, a
-    probability being the sigmoid of a logit; else None.
+    `whole` says that it takes images as they were decoded, and resizes and crops them itself, as an .onnx may. Where an
+    image may be of several classes, `thresholds` are the probabilities from which on each applies, a probability being
+    the sigmoid of a logit; else None.
     """
 
     classes: tuple[str, ...]
     thresholds: tuple[float, ...] | None
     preprocessing: Preprocessing
     origin: str
+    whole: bool
 
     def logits(self, images: Tensor) -> Tensor:
         """uint8 images (b, 3, h, w) -> float32 logits (b, classes) on the CPU."""
@@ -45,6 +47,8 @@ class Predictor(Protocol):
 
 class TorchPredictor:
     """A model on the device of `runtime`, where it already is. One in training is left in training mode."""
+
+    whole = False
 
     def __init__(
         self,
@@ -103,6 +107,8 @@ def open_predictor(
             raise UserError(f"--device {device} does not apply to an .onnx file", "use --provider cuda or cpu")
         if precision != "fp32":
             raise UserError("--precision does not apply to an .onnx file", "export it with --fp16")
+        from vitcli.onnx.model import OnnxPredictor
+
         return OnnxPredictor(path, provider)
     if provider != "auto":
         raise UserError(f"--provider {provider} applies to .onnx files only", "use --device")
@@ -124,11 +130,6 @@ def torch_predictor(
     return TorchPredictor(
         trained.model, trained.classes, trained.preprocessing, started, trained.origin, trained.thresholds
     )
-
-
-def takes_any_size(predictor: Predictor) -> bool:
-    """Whether a predictor resizes images itself: an .onnx with its preprocessing in the graph."""
-    return isinstance(predictor, OnnxPredictor) and predictor.whole
 
 
 def _finite(predictor: Predictor, images: Tensor) -> Tensor:
@@ -201,7 +202,7 @@ def predict(predictor: Predictor, paths: Sequence[str], *, top: int = 5, batch: 
     def load(path: str) -> Tensor | BadImage:
         try:
             image = decode(path)
-            return pixels(image) if takes_any_size(predictor) else prepare(image, predictor.preprocessing)
+            return pixels(image) if predictor.whole else prepare(image, predictor.preprocessing)
         except BadImage as error:
             return error
 

@@ -18,7 +18,7 @@ from vitcli.data.prefetch import Batch
 from vitcli.data.preprocess import pixels
 from vitcli.data.sources import Dataset
 from vitcli.errors import DataError, NumericsError
-from vitcli.inference import Predictor, TorchPredictor, takes_any_size
+from vitcli.inference import Predictor, TorchPredictor
 from vitcli.processes import ALONE, Processes
 from vitcli.scores import MultiLabelScores, MultiLabelTally, OneLabelScores, OneLabelTally, Tally
 
@@ -49,7 +49,7 @@ def score(
     begin = asked = time.monotonic()
     if batches is not None:
         loaded = batches
-    elif takes_any_size(predictor):
+    elif predictor.whole:
         loaded = _one_by_one(dataset, share)
     else:
         device = predictor.runtime.device if isinstance(predictor, TorchPredictor) else torch.device("cpu")

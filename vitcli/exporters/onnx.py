@@ -243,7 +243,7 @@ class LogProbabilities:
     def __init__(self, predictor: Predictor):
         self.predictor, self.origin = predictor, predictor.origin
         self.classes, self.preprocessing = predictor.classes, predictor.preprocessing
-        self.thresholds = predictor.thresholds
+        self.thresholds, self.whole = predictor.thresholds, predictor.whole
 
     def logits(self, images: Tensor) -> Tensor:
         return self.predictor.logits(images).log_softmax(1).clamp(min=LEAST)

@@ -18,7 +18,8 @@ from vitcli.checkpoint import checked_thresholds
 from vitcli.data import Preprocessing
 from vitcli.data.preprocess import normalise
 from vitcli.errors import CheckpointError
-from vitcli.onnx.session import Provider, Runner, Session
+from vitcli.onnx.providers import Provider
+from vitcli.onnx.session import Runner, Session
 
 Preprocess = Literal["none", "normalise", "full"]  # what of the preparing the graph does itself
 

@@ -12,6 +12,9 @@ import re
 import subprocess
 import sys
 from types import ModuleType
+from typing import Literal
+
+Provider = Literal["auto", "cuda", "tensorrt", "cpu"]
 
 # What brings a library that a provider misses. torch 2.15 installs all of CUDA's but cuRAND.
 PACKAGES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import onnx
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vitcli.errors import CheckpointError, UserError
 from vitcli.onnx import providers
+from vitcli.onnx.providers import Provider
 
-Provider = Literal["auto", "cuda", "tensorrt", "cpu"]
 NAMES = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider", "cpu": "CPUExecutionProvider"}
 PIECE = 64  # images that compute at a time: enough to fill a large GPU, few enough that the next ones are in time
 
