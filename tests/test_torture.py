@@ -268,11 +268,19 @@ def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_in_all(tmp_path
     code, log = ranks(1, tmp_path, *RECIPE, *EXACT, fault=SPOIL.replace("rank == 1", "True").format(steps=(2,)))
     assert code == 0, log
     same_bits(tmp_path / "run", tmp_path / "two")
+    for count, rank, kept in ((2, "rank == 1", "several"), (1, "True", "alone")):
+        shutil.rmtree(tmp_path / "run")
+        fault = SPOIL.replace("rank == 1", rank).format(steps=(2, 3, 4))
+        code, log = ranks(count, tmp_path, *RECIPE, *EXACT, fault=fault)
+        assert code == 0, log
+        assert "skipped too often: back to the weights of step 2" in log
+        shutil.copytree(tmp_path / "run", tmp_path / kept)
+    same_bits(tmp_path / "several", tmp_path / "alone")
     shutil.rmtree(tmp_path / "run")
-    code, log = ranks(2, tmp_path, *RECIPE, *EXACT, fault=SPOIL.format(steps=(1, 2, 3)))
+    code, log = ranks(2, tmp_path, *RECIPE, *EXACT, fault=SPOIL.format(steps=range(100)))
     assert code != 0
-    assert "the gradient of 3 updates in a row, up to step 3, was NaN or infinite" in log
-    told("runs with NaN in one process", 3)
+    assert "was not finite, to the end of training" in log
+    told("runs with NaN in one process", 5)
 
 
 @pytest.mark.parametrize("shard", ["ddp", "fsdp"])

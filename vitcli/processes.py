@@ -6,12 +6,12 @@ same step. The first (rank 0) alone writes and speaks.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -134,6 +134,8 @@ def start(timeout: float) -> Iterator[Processes]:
     import torch
     import torch.distributed as dist
 
+    if watched := os.environ.pop("VITCLI_LAUNCHER", None):
+        threading.Thread(target=_end_with_launcher, args=(int(watched),), daemon=True).start()
     alone = Processes(int(os.environ["RANK"]), count)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     wait = timedelta(seconds=timeout)
@@ -195,10 +197,11 @@ def launch(words: list[str], count: int, tell: Callable[[str], None], restarts: 
     from the newest checkpoint; after a mistake they are not, since they would make it again.
     """
     name = uuid.uuid4().hex
-    with Stop() as stop:
+    held, watched = socket.socketpair()
+    with Stop() as stop, held, watched:
         for attempt in range(restarts + 1):
             variables = {"TORCHELASTIC_RUN_ID": name, "TORCHELASTIC_RESTART_COUNT": str(attempt)}
-            codes = _run(words, count, variables, stop)
+            codes = _run(words, count, variables, watched.fileno(), stop)
             if mistakes := [code for code in codes if code > 0 and code not in (ProcessError.exit_code, *STOPPED)]:
                 return mistakes[0]
             if stop.signal and any(codes):
@@ -211,18 +214,19 @@ def launch(words: list[str], count: int, tell: Callable[[str], None], restarts: 
     return ProcessError.exit_code
 
 
-def _run(words: list[str], count: int, variables: dict[str, str], stop: Stop) -> list[int]:
-    """The exit codes of the processes, in the order of their ranks. If one fails, the others have to end, too."""
+def _run(words: list[str], count: int, variables: dict[str, str], watched: int, stop: Stop) -> list[int]:
+    """The exit codes of the processes, in the order of their ranks. If one fails, the others have to end, too; they all
+    end when the descriptor that they have `watched` is at its end."""
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     # They meet at this process, as torchrun's do at its agent.
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     variables = os.environ | variables | {"WORLD_SIZE": str(count), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "VITCLI_LAUNCHER": str(watched)}
     command = [sys.executable, "-m", "vitcli", *words]
     workers = [
         subprocess.Popen(  # noqa: S603
-            command, env=variables | {"RANK": str(rank)}, start_new_session=True, preexec_fn=_end_with_parent
+            command, env=variables | {"RANK": str(rank)}, start_new_session=True, pass_fds=[watched]
         )
         for rank in range(count)
     ]
@@ -241,10 +245,10 @@ def _run(words: list[str], count: int, variables: dict[str, str], stop: Stop) ->
     return [code for code in codes if code is not None]
 
 
-def _end_with_parent() -> None:
-    """Have SIGTERM sent to this process when the one that started it dies, however it dies."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+def _end_with_launcher(watched: int) -> None:
+    """Send SIGTERM to this process when the launcher, which alone has the other end of a socket, is no more."""
+    os.read(watched, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
