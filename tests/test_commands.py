@@ -74,6 +74,10 @@ def test_eval_below_the_bar_ends_with_3(vit, run):
 
 def test_eval_of_a_folder_matches_classes_by_name(vit, run, digits, tmp_path):
     whole = vit("eval", "--ckpt", run, "--data", digits, "--json").json
+    shared = vit("eval", "--ckpt", run, "--data", digits, "--workers", 2, "--json").json
+    assert {key: shared[key] for key in ("images", "loss", "top1")} == {
+        key: whole[key] for key in ("images", "loss", "top1")
+    }
     assert (whole["images"], whole["seen"]) == (60, 10)
     part = tmp_path / "some"
     part.mkdir()

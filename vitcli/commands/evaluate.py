@@ -25,6 +25,9 @@ def evaluate(
         str | None, Option(help="What stands between several labels of a table's image.", rich_help_panel=INPUT)
     ] = None,
     batch: Annotated[int, Option(min=1)] = 64,
+    workers: Annotated[
+        int | None, Option(min=0, help="Loader processes. [dim]By the source and the cores[/]", rich_help_panel=INPUT)
+    ] = None,
     device: Device = "auto",
     precision: Precision = "fp32",
     provider: Provider = "auto",
@@ -63,7 +66,7 @@ def evaluate(
     for note in dataset.notes:
         err.print(note, highlight=False, markup=False, soft_wrap=True)
     with err.status(f"scoring {len(dataset):,} images"):
-        scores = score(predictor, dataset, batch=batch, workers=None, allow_bad=allow_bad)
+        scores = score(predictor, dataset, batch=batch, workers=workers, allow_bad=allow_bad)
     answer(
         json,
         lambda: tables.scores_json(scores, str(ckpt)),
