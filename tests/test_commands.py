@@ -66,6 +66,12 @@ def test_eval_counts_every_image_whatever_the_batch(vit, run):
     assert scores[0]["top1"] == max(row["val_top1"] for row in rows if "val_top1" in row)
 
 
+def test_eval_finds_the_images_of_the_run_whatever_part_of_it_is_named(vit, run):
+    for place in (run, run / "best", run / "best/model.safetensors"):
+        said = vit("eval", "--ckpt", place, "--json")
+        assert (said.code, said.json["images"]) == (0, 359), said.err
+
+
 def test_eval_below_the_bar_ends_with_3(vit, run):
     said = vit("eval", "--ckpt", run, "--min-top1", "1.0")
     assert said.code == 3

@@ -57,20 +57,16 @@ def load(path: Path) -> Trained:
         raise CheckpointError(
             f"{path} does not exist", "--ckpt takes a run folder, a checkpoint folder or a file of weights"
         )
-    folder = path.parent if path.name == "model.safetensors" else path
-    if (folder / storage.MANIFEST).exists():
-        return _load_own(folder)
-    if path.is_file() or weights.is_folder(path):
-        return _load_foreign(path)
-    if not path.is_dir():
+    if not (path.is_file() or path.is_dir()):
         raise CheckpointError(f"{path} is a device or a pipe, not a file")
-    return _load_own(_usable(path))
+    own = _own_folder(path)
+    return _load_own(own) if own else _load_foreign(path)
 
 
 def recipe_of(path: Path) -> Recipe | None:
     """The recipe of a run folder or of one of its checkpoints, without the weights; None for a foreign file."""
-    folder = _usable(path) if path.is_dir() and not weights.is_folder(path) else path
-    return _facts_of(folder)[1] if (folder / storage.MANIFEST).exists() else None
+    own = _own_folder(path)
+    return _facts_of(own)[1] if own else None
 
 
 def save_model(
@@ -110,10 +106,15 @@ def save_model(
     storage.write_folder(folder, write)
 
 
+def saved(checkpoints: Path) -> dict[Path, int]:
+    """The checkpoints of a run and their steps, the oldest first."""
+    return {folder: int(folder.name.removeprefix("step_")) for folder in sorted(checkpoints.glob("step_*"))}
+
+
 def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint of a run whose every byte is as written, and why newer ones were passed over."""
     passed = []
-    for folder in sorted(checkpoints.glob("step_*"), reverse=True):
+    for folder in reversed(saved(checkpoints)):
         try:
             storage.verify(folder)
         except CheckpointError as error:
@@ -149,6 +150,14 @@ def _facts(recipe: Recipe, classes: tuple[str, ...], step: int, thresholds: Sequ
         "thresholds": thresholds,
         "recipe": recipe.model_dump(),
     }
+
+
+def _own_folder(path: Path) -> Path | None:
+    """The folder that a run or one of its checkpoints, or the weights in it, is read from; None for a foreign file."""
+    folder = path.parent if path.name == "model.safetensors" else path
+    if (folder / storage.MANIFEST).exists():
+        return folder
+    return None if path.is_file() or weights.is_folder(path) else _usable(path)
 
 
 def _usable(path: Path) -> Path:

@@ -91,11 +91,8 @@ def spare(path: Path) -> list[Path]:
     best/ and last/ are none of them, nor those that the recipe keeps (`keep_every`).
     """
     every = recipe(path)["keep_every"]
-    found = [
-        folder
-        for folder in sorted((path / "checkpoints").glob("step_*"))
-        if not every or int(folder.name.removeprefix("step_")) % every
-    ]
+    steps = checkpoint.saved(path / "checkpoints")
+    found = [folder for folder, step in steps.items() if not every or step % every]
     if (path / "last").is_dir():
         return found
     needed, _ = checkpoint.newest(path / "checkpoints")

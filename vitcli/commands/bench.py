@@ -11,6 +11,7 @@ import typer
 from typer import Argument, Option
 
 from vitcli.commands.console import answer, err
+from vitcli.commands.options import RESULT, Json, Set
 from vitcli.commands.recipes import recipe_names
 from vitcli.errors import CheckpointError, RecipeError
 
@@ -23,14 +24,11 @@ if TYPE_CHECKING:
     from vitcli.runtime import Runtime
 
 FORMS = (".png", ".svg", ".pdf", ".md")
-RESULT, MEASURE = "Result", "Measuring"
+MEASURE = "Measuring"
 
 bench = typer.Typer(help="Measure speed on this machine, beside other libraries.", no_args_is_help=True)
 
 RecipeName = Annotated[str, Argument(help="Name of a shipped recipe, or a .yaml file.", autocompletion=recipe_names)]
-Set = Annotated[
-    list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe, as model.variant=S/16.")
-]
 Batch = Annotated[
     str | None,
     Option(
@@ -53,7 +51,6 @@ Output = Annotated[
     list[Path] | None,
     Option("-o", "--output", help="A chart (.png, .svg, .pdf) or a table (.md).", rich_help_panel=RESULT),
 ]
-Json = Annotated[bool, Option("--json", help="One JSON object on stdout.", rich_help_panel=RESULT)]
 
 
 @bench.command()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Option
 
 from vitcli.commands.console import answer, err
-from vitcli.commands.options import newest
+from vitcli.commands.options import RESULT, Json, newest
 from vitcli.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PARITY, CALIBRATION = 512, 1000  # the most images that are taken of a folder, evenly spread over it
 FLAGS = {"calibration": "calib", "max_drop": "max-drop", "max_batch": "max-batch"}
-RESULT, GRAPH, INT8 = "Result", "The graph", "INT8"
+GRAPH, INT8 = "The graph", "INT8"
 
 
 def _targets(incomplete: str) -> list[str]:
@@ -78,7 +78,7 @@ def export(
     max_drop: Annotated[
         float | None, Option(min=0, help="Exit 3 above this loss of top-1, in points.", rich_help_panel=INT8)
     ] = None,
-    json: Annotated[bool, Option("--json", help="One JSON object on stdout.", rich_help_panel=RESULT)] = False,
+    json: Json = False,
 ) -> None:
     """Write a model for other programs, and check that it answers as the checkpoint does.
 

@@ -17,6 +17,7 @@ from vitcli.commands.recipes import recipe_names
 from vitcli.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
+    from vitcli.checkpoint import Trained
     from vitcli.recipe import Recipe
     from vitcli.train import Outcome
 
@@ -52,12 +53,8 @@ def pretrain(
     loaded = loader.load(recipe, sets or ())
     if dry_run:
         _print_plan(loaded, json, gpus or 1)
-        return
-    if gpus:
-        _launch(gpus)
-    from vitcli.commands import launch  # loads torch, which a wrong recipe need not wait for
-
-    _finish(launch.begin(loaded, recipe, run, profile=profile), json)
+    else:
+        _begin(loaded, recipe, run, json, gpus, profile)
 
 
 def finetune(
@@ -122,12 +119,25 @@ def finetune(
     loaded = loader.load(recipe, sets or (), under=under, origin=str(ckpt), options=options)
     if dry_run:
         _print_plan(loaded, json, gpus or 1)
-        return
+    else:
+        _begin(loaded, recipe, run, json, gpus, profile, ckpt, trained)
+
+
+def _begin(
+    recipe: Recipe,
+    name: str,
+    run: Path | None,
+    json: bool,
+    gpus: int | None,
+    profile: int,
+    ckpt: Path | None = None,
+    trained: Trained | None = None,
+) -> None:
     if gpus:
         _launch(gpus)
-    from vitcli.commands import launch
+    from vitcli.commands import launch  # loads torch, which a wrong recipe need not wait for
 
-    _finish(launch.begin(loaded, recipe, run, ckpt, trained, profile), json)
+    _finish(launch.begin(recipe, name, run, ckpt, trained, profile), json)
 
 
 def _resume(run: Path, json: bool, gpus: int | None, profile: int) -> None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from vitcli.errors import DataError
+from vitcli.stop import Stop
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -76,16 +77,13 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are the main thread's
         return
-    came: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    stop = Stop()
     try:
-        yield
+        with stop:
+            yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for number in came:
-            signal.raise_signal(number)
+        if stop.signal:
+            signal.raise_signal(stop.signal)
 
 
 _work: Callable[[Any], Any]

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from vitcli import storage
+from vitcli.checkpoint import saved
 from vitcli.errors import CheckpointError, NumericsError
 from vitcli.training.state import Position
 
@@ -35,8 +36,8 @@ def target(checkpoints: Path, position: Position, every: int, steps: int) -> Pat
         raise NumericsError(f"{what}, to the end of training", hint)
     if position.rollbacks == TIMES:
         raise NumericsError(f"{what}, after going back to an earlier checkpoint {TIMES} times", hint)
-    for folder in sorted(checkpoints.glob("step_*"), reverse=True):
-        if int(folder.name.removeprefix("step_")) % every == 0 and _is_good(folder):
+    for folder, step in reversed(saved(checkpoints).items()):
+        if step % every == 0 and _is_good(folder):
             return folder
     raise NumericsError(f"{what}, and no checkpoint from before is left to go back to", hint)
 

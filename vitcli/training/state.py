@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitcli import optim, storage
-from vitcli.checkpoint import write_model
+from vitcli.checkpoint import saved, write_model
 from vitcli.processes import spread, whole
 from vitcli.recipe import Recipe
 
@@ -95,6 +95,6 @@ def resume(
 
 def prune(checkpoints: Path, keep_last: int, keep_every: int | None) -> None:
     """Delete checkpoints beyond the newest `keep_last`, but for those at multiples of `keep_every` steps."""
-    for folder in sorted(checkpoints.glob("step_*"))[:-keep_last]:
-        if not keep_every or int(folder.name.removeprefix("step_")) % keep_every:
+    for folder, step in list(saved(checkpoints).items())[:-keep_last]:
+        if not keep_every or step % keep_every:
             storage.remove_folder(folder)
