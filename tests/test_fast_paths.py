@@ -21,11 +21,11 @@ from vitcli.runtime import RuntimeConfig
 TINY = {"width": 32, "depth": 2, "mlp_dim": 64, "heads": 2, "patch": 4}
 
 # Triton's interpreter, which must be chosen before Triton is loaded, runs its kernels without a GPU.
-KERNEL = """
+GELU = """
 import torch
 from torch import nn
 from torch.nn import functional as F
-from vitcli.kernels import linear_gelu
+from vitcli.kernels.gelu import linear_gelu
 
 torch.manual_seed(0)
 for rows, width, hidden in ((70, 24, 300), (1, 8, 1024), (1100, 16, 40)):
@@ -39,13 +39,48 @@ for rows, width, hidden in ((70, 24, 300), (1, 8, 1024), (1100, 16, 40)):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 print("equal")
 """
+ATTENTION = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+from vitcli.kernels.attention import self_attention
+
+torch.manual_seed(0)
+for batch, tokens, width, heads in ((2, 197, 128, 2), (1, 50, 64, 4), (2, 130, 64, 1), (1, 7, 32, 1)):
+    qkv = nn.Linear(width, 3 * width)
+    nn.init.normal_(qkv.bias)
+    x, weights = torch.randn(batch, tokens, width, requires_grad=True), torch.randn(batch, tokens, width)
+    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv(3 * x).chunk(3, dim=-1))
+    plain = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    gradients = []
+    for answer in (self_attention(qkv, 3 * x, heads), plain):
+        gradients.append((answer, *torch.autograd.grad((answer * weights).sum(), (x, qkv.weight, qkv.bias))))
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+print("equal")
+"""
 
 
-def test_the_fused_gelu_and_its_gradients_are_torchs():
+@pytest.mark.parametrize("script", [GELU, ATTENTION], ids=["gelu", "attention"])
+def test_our_kernels_and_their_gradients_are_torchs(script):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", KERNEL]
+    command = [sys.executable, "-c", script]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.stdout == "equal\n", done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU torch's fused activation is GELU's exact form")
+def test_the_gelu_of_a_matrix_product_is_torchs():
+    from vitcli.kernels.gelu import linear_gelu
+
+    linear = nn.Linear(64, 256).cuda()
+    x = torch.randn(3, 50, 64, device="cuda")
+    started = runtime.start(RuntimeConfig.parse({"device": "cuda", "precision": "bf16"}))
+    with torch.no_grad(), started.autocast():
+        found = linear_gelu(linear, x)
+        expected = F.gelu(linear(x), approximate="tanh")
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 
 def test_patches_as_rows_are_the_convolution():

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field, PositiveInt, model_validator
@@ -30,7 +29,9 @@ class RuntimeConfig(Schema):
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where it is faster")
-    attention: Literal["auto", "sdpa", "explicit"] = Field("auto", description="explicit is faster on CPUs in bf16")
+    attention: Literal["auto", "sdpa", "explicit", "packed"] = Field(
+        "auto", description="explicit is faster on CPUs in bf16; packed, our kernels, on GPUs of Hopper and later"
+    )
     residual: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="the tokens between blocks, as precision; norms and losses stay in fp32"
     )
@@ -68,39 +69,10 @@ class Runtime:
 
     def prepare(self, module: Module) -> Module:
         """Move a module to the device and set how it computes; its parameters keep their names."""
-        from vitcli.model.attention import Attention, AttentionPool, explicit_attention
-        from vitcli.model.vit import ViT
+        from vitcli.fast_paths import put_in_place
 
-        module.to(self.device)
-        attend = explicit_attention if self.attention == "explicit" else sdpa
-        for part in module.modules():
-            if isinstance(part, Attention | AttentionPool):
-                part.attend = attend
-            if isinstance(part, ViT) and self.residual == "bf16":
-                part.norm_pre.register_forward_hook(_in_bf16)
-        blocks = [part for name, part in module.named_modules() if name.rpartition(".")[0].endswith("blocks")]
-        if self.checkpoint:
-            for block in blocks:
-                block.forward = _checkpointed(block.forward)
-        if self.compile:
-            self._compile(module, blocks)
+        put_in_place(module.to(self.device), self)
         return module
-
-    def _compile(self, module: nn.Module, blocks: list[nn.Module]) -> None:
-        """Compile each block; where Triton is, its kernels in place of what a compiler leaves apart."""
-        from vitcli.model.feedforward import FeedForward
-        from vitcli.model.stem import PatchEmbed, project_as_rows
-
-        if self.device.type == "cuda":
-            from vitcli.kernels import linear_gelu
-
-            for part in module.modules():
-                if isinstance(part, FeedForward) and getattr(part.activation, "approximate", "") == "tanh":
-                    part.hidden = partial(linear_gelu, part.fc1)
-                if isinstance(part, PatchEmbed):
-                    part.project = partial(project_as_rows, part.proj)
-        for block in blocks:
-            block.compile()
 
     def recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` as one CUDA graph, where that is how this runtime computes; else itself."""
@@ -144,38 +116,6 @@ class Runtime:
         }
 
 
-def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`forward` whose insides are computed again in the backward pass, with the same chance (arXiv 1604.06174)."""
-    from torch.utils.checkpoint import checkpoint
-
-    def again(*values: Any) -> Tensor:
-        return checkpoint(forward, *values, use_reentrant=False)
-
-    return again
-
-
-def _in_bf16(_: nn.Module, __: Any, tokens: Tensor) -> Tensor:
-    import torch
-
-    return tokens.to(torch.bfloat16)
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """`fused_attention` by a kernel whose gradients can be trusted.
-
-    cuDNN's on Hopper (torch 2.11 to at least 2.13) are NaN where the keys are 64 beyond a multiple of 128, as in
-    images of 8x8 patches, once all scores of a query are below -88 (pytorch issue 196678).
-    """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    from vitcli.model.attention import fused_attention
-
-    if k.shape[-2] % 128 != 64:
-        return fused_attention(q, k, v, dropout)
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        return fused_attention(q, k, v, dropout)
-
-
 def start(config: RuntimeConfig, earlier: dict[str, Any] | None = None, processes: Processes = ALONE) -> Runtime:
     """Make every choice that the recipe left open; those of a run that is resumed are taken from `earlier`.
 
@@ -197,9 +137,13 @@ def start(config: RuntimeConfig, earlier: dict[str, Any] | None = None, processe
         "compile": config.compile if config.compile is not None else device.type == "cuda",
     }
     if chosen["attention"] == "auto":
-        chosen["attention"] = "explicit" if device.type == "cpu" and chosen["precision"] == "bf16" else "sdpa"
+        chosen["attention"] = _attention(device, chosen["precision"])
+    elif chosen["attention"] == "packed" and (device.type != "cuda" or chosen["precision"] != "bf16"):
+        raise RecipeError("runtime.attention: packed is for CUDA in bf16", "--set runtime.attention=auto")
     chosen["residual"] = config.residual if config.residual != "auto" else chosen["precision"]
     chosen |= {key: earlier[key] for key in chosen if earlier and key in earlier}
+    if chosen["attention"] == "packed" and device.type != "cuda":  # a run that began elsewhere
+        chosen["attention"] = "sdpa"
     chosen = processes.all(chosen)[0]
     alone = processes.count == 1
     return Runtime(device=device, threads=threads, checkpoint=config.checkpoint, alone=alone, **chosen)
@@ -236,6 +180,17 @@ def _precision(device: torch.device) -> str:
         return "fp32"
     left, right = torch.randn(1024, 256), torch.randn(256, 1024)
     return "bf16" if _seconds(left, right) > 1.5 * _seconds(left.bfloat16(), right.bfloat16()) else "fp32"
+
+
+def _attention(device: torch.device, precision: str) -> str:
+    """The fastest that was measured."""
+    import torch
+
+    if precision != "bf16" or device.type == "mps":
+        return "sdpa"
+    if device.type == "cpu":
+        return "explicit"
+    return "packed" if torch.cuda.get_device_capability(device) >= (9, 0) else "sdpa"
 
 
 def _seconds(left: Tensor, right: Tensor) -> float:

@@ -58,6 +58,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n d"], first: int | None = None) -> Float[Tensor, "b m d"]:
         """All tokens, or only the `first` ones, which attend to all."""
+        return self.dropout(self.proj(self.mix(x, first)))
+
+    def mix(self, x: Float[Tensor, "b n d"], first: int | None) -> Float[Tensor, "b m d"]:
+        """The heads' answers side by side, which a runtime may compute by one kernel."""
         if first is None:
             parts = self.qkv(x).chunk(3, dim=-1)
         else:
@@ -67,7 +71,7 @@ class Attention(nn.Module):
             parts = (F.linear(x[:, :first], q_weight, q_bias), *F.linear(x, kv_weight, kv_bias).chunk(2, dim=-1))
         q, k, v = (split_heads(part, self.heads) for part in parts)
         out = self.attend(self.q_norm(q), self.k_norm(k), v, self.attention_dropout if self.training else 0.0)
-        return self.dropout(self.proj(join_heads(out)))
+        return join_heads(out)
 
 
 class AttentionPool(nn.Module):

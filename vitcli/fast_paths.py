@@ -1,0 +1,95 @@
+"""What a runtime puts in place of a model's own parts: the same functions, computed faster or in less memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from vitcli.model.attention import Attention, AttentionPool, explicit_attention, fused_attention
+from vitcli.model.feedforward import FeedForward
+from vitcli.model.stem import PatchEmbed, project_as_rows
+from vitcli.model.vit import ViT
+
+if TYPE_CHECKING:
+    from vitcli.runtime import Runtime
+
+
+def put_in_place(module: nn.Module, runtime: Runtime) -> None:
+    """Set how a module computes, which is on the runtime's device already."""
+    attend = explicit_attention if runtime.attention == "explicit" else sdpa
+    for part in module.modules():
+        if isinstance(part, Attention | AttentionPool):
+            part.attend = attend
+        if isinstance(part, Attention) and runtime.attention == "packed":
+            _pack(part)
+        if isinstance(part, ViT) and runtime.residual == "bf16":
+            part.norm_pre.register_forward_hook(_in_bf16)
+    blocks = [part for name, part in module.named_modules() if name.rpartition(".")[0].endswith("blocks")]
+    if runtime.checkpoint:
+        for block in blocks:
+            block.forward = _checkpointed(block.forward)
+    if runtime.compile and runtime.device.type == "cuda":
+        _fuse(module)
+    if runtime.compile:
+        for block in blocks:
+            block.compile()
+
+
+def _fuse(module: nn.Module) -> None:
+    """Our kernels in place of what a compiler leaves apart, and what comes before the blocks compiled, too."""
+    from vitcli.kernels.gelu import linear_gelu
+
+    for part in module.modules():
+        if isinstance(part, FeedForward) and getattr(part.activation, "approximate", "") == "tanh":
+            part.hidden = partial(linear_gelu, part.fc1)
+        if isinstance(part, PatchEmbed):
+            part.project = partial(project_as_rows, part.proj)
+        if isinstance(part, ViT) and not part.config.stem:
+            part.embed = torch.compile(part.embed)
+
+
+def _pack(attention: Attention) -> None:
+    """In training, have all tokens' attention computed by our kernels, if it is the plain one that they know."""
+    from vitcli.kernels.attention import HEAD_WIDTHS, MOST_TOKENS, self_attention
+
+    usual = attention.mix
+
+    def mix(x: Tensor, first: int | None) -> Tensor:
+        if first is not None or x.shape[1] > MOST_TOKENS or not torch.is_grad_enabled():
+            return usual(x, first)
+        return self_attention(attention.qkv, x, attention.heads)
+
+    plain = isinstance(attention.q_norm, nn.Identity) and not attention.attention_dropout
+    if plain and attention.qkv.in_features // attention.heads in HEAD_WIDTHS:
+        attention.mix = mix
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """`fused_attention` by a kernel whose gradients can be trusted.
+
+    cuDNN's on Hopper (torch 2.11 to at least 2.13) are NaN where the keys are 64 beyond a multiple of 128, as in
+    images of 8x8 patches, once all scores of a query are below -88 (pytorch issue 196678).
+    """
+    if k.shape[-2] % 128 != 64:
+        return fused_attention(q, k, v, dropout)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return fused_attention(q, k, v, dropout)
+
+
+def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`forward` whose insides are computed again in the backward pass, with the same chance (arXiv 1604.06174)."""
+
+    def again(*values: Any) -> Tensor:
+        return checkpoint(forward, *values, use_reentrant=False)
+
+    return again
+
+
+def _in_bf16(_: nn.Module, __: Any, tokens: Tensor) -> Tensor:
+    return tokens.to(torch.bfloat16)

@@ -1,0 +1,1 @@
+"""Kernels of our own, in Triton, for what compilers and libraries leave apart."""
