@@ -88,6 +88,8 @@ class Runtime:
 
     def _compile(self, module: nn.Module, blocks: list[nn.Module]) -> None:
         """Compile each block; where Triton is, its kernels in place of what a compiler leaves apart."""
+        import torch._dynamo
+
         from vitcli.model.feedforward import FeedForward
         from vitcli.model.stem import PatchEmbed, project_as_rows
 
@@ -99,6 +101,8 @@ class Runtime:
                     part.hidden = partial(linear_gelu, part.fc1)
                 if isinstance(part, PatchEmbed):
                     part.project = partial(project_as_rows, part.proj)
+        # A block is a graph of its own: DistributedDataParallel need not have it cut where its messages end.
+        torch._dynamo.config.optimize_ddp = False
         for block in blocks:
             block.compile()
 
