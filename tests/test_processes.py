@@ -19,7 +19,7 @@ from command import TINY, Said, Vit, finish, process, sets, until
 from safetensors.torch import load_file
 from torch.distributed import TCPStore  # noqa: TID251
 
-from vitcli import processes, run
+from vitcli import processes, run, train
 from vitcli.errors import RecipeError
 from vitcli.processes import Processes
 from vitcli.training.gradients import exact_size
@@ -370,6 +370,23 @@ def test_sharded_training_follows_that_of_one_process(tmp_path, shard):
     for key in ("loss", "val_loss", "grad_norm"):
         assert curve(tmp_path / "two", key) == pytest.approx(curve(tmp_path / "one", key), rel=1e-5), key
     assert curve(tmp_path / "two", "val_top1") == curve(tmp_path / "one", "val_top1")
+
+
+@pytest.mark.slow
+def test_sharded_training_may_go_on_with_a_score_that_is_owed(capsys, monkeypatch, tmp_path):
+    score = train.score
+
+    def stopped(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return score(*args, **kwargs)
+
+    monkeypatch.setattr(train, "score", stopped)
+    settings = sets(*RUN, "runtime.shard=fsdp")
+    said = Vit(capsys, monkeypatch)("pretrain", "quickstart", *settings, "--run", tmp_path / "run")
+    assert said.code == 143, said.err
+    assert curve(tmp_path / "run", "val_loss") == []
+    assert several(2, "pretrain", "--resume", tmp_path / "run", cwd=tmp_path) == 0, told(tmp_path)
+    assert len(curve(tmp_path / "run", "val_loss")) == 2
 
 
 def ranks(launcher: subprocess.Popen[str]) -> list[int]:

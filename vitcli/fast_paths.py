@@ -37,6 +37,8 @@ def put_in_place(module: nn.Module, runtime: Runtime) -> None:
     if runtime.compile and runtime.device.type == "cuda":
         _fuse(module)
     if runtime.compile:
+        # A block is a graph of its own: DistributedDataParallel need not have it cut where its messages end.
+        torch._dynamo.config.optimize_ddp = False
         for block in blocks:
             block.compile()
 

@@ -37,10 +37,13 @@ class Engine:
         self._sharded = several and shard == "fsdp"
         self._replicated = several and shard == "ddp"
         if self._sharded:
+            from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
-            for part in [*module.model.blocks, module.model, module]:
-                fully_shard(part)
+            mesh = init_device_mesh(device.type, (processes.count,))
+            # Not the module itself: its model is also called alone, and may be before the module is.
+            for part in [*module.model.blocks, *module.children()]:
+                fully_shard(part, mesh=mesh, reshard_after_forward=True)
         if self._replicated:
             from torch.nn.parallel import DistributedDataParallel
 
@@ -54,7 +57,8 @@ class Engine:
     def part(self, last: bool) -> Iterator[None]:
         """Forward and backward of one part of the batch; after the `last` the processes exchange gradients."""
         if self._sharded:
-            self.module.set_requires_gradient_sync(last)  # pyright: ignore[reportCallIssue]
+            for child in self.module.children():
+                child.set_requires_gradient_sync(last)  # pyright: ignore[reportCallIssue]
         waiting = self._replicated and not last
         with self.forward.no_sync() if waiting else nullcontext():  # pyright: ignore[reportFunctionMemberAccess]
             yield
