@@ -73,11 +73,15 @@ def _silent() -> Iterator[None]:
 
 
 def tidy(model: ir.Model) -> None:
-    """Fold what torch leaves of constants, drop what nothing reads, and give nodes and weights the model's names."""
+    """Fold what torch leaves of constants, leave the heads to Attention, drop what nothing reads, and give nodes and
+    weights the model's names."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     for node in list(model.graph):
         _fold(model, node)
+    for node in list(model.graph):
+        if node.op_type == "Attention":
+            _split_within(node)
     RemoveUnusedNodesPass()(model)
     names, part = set(model.graph.initializers), "vit"
     for node in model.graph:
@@ -112,6 +116,41 @@ def _fold(model: ir.Model, node: ir.Node) -> None:
         model.graph.register_initializer(new)
         ir.convenience.replace_all_uses_with(old, new)
     model.graph.remove(node, safe=True)
+
+
+def _split_within(attention: ir.Node) -> None:
+    """Let the node split (batch, tokens, width) into heads and join them: on a GPU each transpose would be a copy.
+
+    Where something else happens to the heads, such as their normalisation, the node is left as it is.
+    """
+    from onnxscript import ir
+
+    chains = [_before(value) for value in attention.inputs]
+    after = _only_reader(_only_reader(attention, "Transpose"), "Reshape")
+    heads = attention.inputs[0].shape[1] if attention.inputs[0] is not None and attention.inputs[0].shape else None
+    if after is None or None in chains or not isinstance(heads, int):
+        return
+    for index, value in enumerate(chains):
+        attention.replace_input_with(index, value)
+    for name in ("q_num_heads", "kv_num_heads"):
+        attention.attributes[name] = ir.AttrInt64(name, heads)
+    attention.outputs[0].shape = after.outputs[0].shape
+    ir.convenience.replace_all_uses_with(after.outputs[0], attention.outputs[0])
+
+
+def _before(value: ir.Value | None) -> ir.Value | None:
+    """What was split into heads, (batch, tokens, width), to give a value; None if something else gave it."""
+    found = value
+    for op in ("Transpose", "Reshape"):
+        node = found.producer() if found is not None else None
+        found = node.inputs[0] if node is not None and node.op_type == op else None
+    return found if found is not None and found.shape is not None and found.shape.rank() == 3 else None
+
+
+def _only_reader(node: ir.Node | None, op: str) -> ir.Node | None:
+    """The node that alone reads a node's output, if it does `op`."""
+    readers = [reader for reader, _ in node.outputs[0].uses()] if node is not None else []
+    return readers[0] if len(readers) == 1 and readers[0].op_type == op else None
 
 
 def _part(node: ir.Node) -> str:
