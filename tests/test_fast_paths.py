@@ -13,8 +13,10 @@ from torch.nn import functional as F
 from vitcli import runtime
 from vitcli.cuda_graph import Recorded
 from vitcli.data import Preprocessing
+from vitcli.errors import RecipeError
 from vitcli.inference import TorchPredictor
 from vitcli.model import ViTConfig
+from vitcli.model.attention import Attention
 from vitcli.model.stem import project_as_rows
 from vitcli.runtime import RuntimeConfig
 
@@ -104,6 +106,30 @@ def test_the_tokens_between_blocks_are_as_the_recipe_says(unchecked, residual, d
         logits = model(images).float()
     assert seen == [dtype] * 2
     assert F.cosine_similarity(logits.flatten(), expected.flatten(), dim=0) > 0.999
+
+
+def test_packed_attention_is_for_gpus():
+    with pytest.raises(RecipeError, match="packed is for CUDA in bf16"):
+        runtime.start(RuntimeConfig.parse({"device": "cpu", "attention": "packed"}))
+    earlier = {"precision": "bf16", "attention": "packed", "compile": True}
+    resumed = runtime.start(RuntimeConfig.parse({"device": "cpu"}), earlier)
+    assert (resumed.precision, resumed.attention) == ("bf16", "sdpa")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels as a GPU runs them")
+@pytest.mark.parametrize(("tokens", "width", "heads"), [(197, 768, 12), (64, 256, 4), (257, 1280, 16), (50, 96, 3)])
+def test_packed_attention_trains_as_torchs_does(tokens, width, heads):
+    started = runtime.start(RuntimeConfig.parse({"device": "cuda", "precision": "bf16", "compile": False}))
+    images, found = torch.randn(4, tokens, width, device="cuda"), []
+    for attention in ("packed", "sdpa"):
+        torch.manual_seed(0)
+        part = Attention(width, heads, qk_norm=False, norm_eps=1e-6, attention_dropout=0.0, dropout=0.0)
+        replace(started, attention=attention).prepare(part)
+        with started.autocast():
+            answer = part(images)
+        found.append((answer, *torch.autograd.grad(answer.float().square().sum(), list(part.parameters()))))
+    for packed, plain in zip(*found, strict=True):
+        assert (packed - plain).norm() < 0.01 * plain.norm()
 
 
 def test_checkpointed_blocks_have_the_same_gradients_and_keep_less():

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from contextlib import redirect_stdout
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import onnx
@@ -22,7 +23,7 @@ from test_inference import Table as Answers
 from torch.nn import functional as F
 
 from vitcli import checkpoint, storage
-from vitcli.data import Augment, DataConfig
+from vitcli.data import Augment, DataConfig, Preprocessing, loader
 from vitcli.data.loader import eval_batches, fingerprint, train_batches
 from vitcli.data.mix import mix, targets_of
 from vitcli.data.sampling import epoch_order, told
@@ -106,6 +107,17 @@ def config(run, name="best"):
 
 
 # Training, and what comes of it.
+
+
+def test_labels_do_not_travel_to_loader_processes(monkeypatch):
+    labels = np.zeros((300, 5000), dtype=bool)
+    dataset = Arrays("blank", np.zeros((300, 8, 8), dtype=np.uint8), [0] * 300, tuple(map(str, range(5000))))
+    dataset.labels = labels
+    sent = []
+    monkeypatch.setattr(loader, "load", lambda sample, *_: sent.append(sample) or (part for part in ()))
+    list(eval_batches(Preprocessing.parse({"res": 8}), dataset, batch=100))
+    assert len(ForkingPickler.dumps(sent[0])) < labels.nbytes / 10
+    assert dataset.labels is labels
 
 
 def test_a_run_is_chosen_by_map(vit, run):

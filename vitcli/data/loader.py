@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from copy import copy
 from functools import partial
 from itertools import tee
 
@@ -22,9 +23,9 @@ from vitcli.data import DataConfig, Preprocessing
 from vitcli.data.augment import augment, crop
 from vitcli.data.images import BadImage
 from vitcli.data.parallel import cores
-from vitcli.data.prefetch import Batch, ahead, put
+from vitcli.data.prefetch import AHEAD, Batch, ahead, put
 from vitcli.data.preprocess import prepare
-from vitcli.data.resident import kept_batches, kept_images
+from vitcli.data.resident import at_once, kept_batches, kept_images
 from vitcli.data.sampling import Positions, epoch_order, turns
 from vitcli.data.sources import Dataset
 from vitcli.data.workers import CHUNK, Part, Sample, load, start_server
@@ -73,7 +74,8 @@ def train_batches(
     workplace = device if device.type == "cuda" else CPU  # augmentation wants float64, which MPS has not
     kept = kept_images(data, dataset, workplace, count, workers)
     if kept is not None:
-        return ahead(kept_batches(data, dataset, seed, order, len(places), kept), device)
+        together = at_once(data, len(places))  # all wait at once, so that the next are made meanwhile
+        return ahead(kept_batches(data, dataset, seed, order, len(places), kept), device, max(AHEAD, together))
     if workers:
         start_server()  # it imports torch while the caller builds a model
     return ahead(_loaded_batches(data, dataset, seed, order, workers, workplace), device)
@@ -95,7 +97,7 @@ def eval_batches(
     The images are on the `device`, on CUDA ahead of their turn; the labels stay on the CPU. The last batch may be
     smaller. Broken images are left out, never replaced: a batch that lacks some has "bad" too, as in training.
     """
-    sample = partial(_eval_sample, preprocessing, dataset)
+    sample = partial(_eval_sample, preprocessing, _for_loading(dataset))
     share = range(len(dataset)) if share is None else share
     positions = (list(share[i : i + batch]) for i in range(0, len(share), batch))
     workers = _workers(workers, _is_easy(dataset, preprocessing.res), len(share), neighbours)
@@ -115,7 +117,7 @@ def _loaded_batches(
     data: DataConfig, dataset: Dataset, seed: int, order: Iterator[Positions], workers: int, device: torch.device
 ) -> Generator[Batch, None, None]:
     """Decoded and cropped by loader processes in parts of a batch, then joined and augmented on the device."""
-    sample = partial(_training_sample, data, dataset, seed)
+    sample = partial(_training_sample, data, _for_loading(dataset), seed)
     order, asked = tee(order)
     with closing(load(sample, data.res, _parts(asked), workers)) as loaded:
         for turn, indices in order:
@@ -181,6 +183,15 @@ def _eval_sample(preprocessing: Preprocessing, dataset: Dataset, index: int) -> 
         return prepare(dataset.image(index), preprocessing), index, []
     except BadImage as error:
         return None, index, [(index, error.path, error.reason)]
+
+
+def _for_loading(dataset: Dataset) -> Dataset:
+    """What goes to loader processes: without several labels an image, which may weigh more than all the rest."""
+    if not dataset.multi_label:
+        return dataset
+    lighter = copy(dataset)
+    lighter.labels = dataset.labels[:, :0].copy()
+    return lighter
 
 
 def _join(dataset: Dataset, parts: list[Part], pinned: bool) -> Batch:

@@ -23,8 +23,8 @@ def put(tensor: Tensor, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-def ahead(batches: Generator[Batch, None, None], device: torch.device) -> Iterator[Batch]:
-    """The batches on the device, as they come; for CUDA a thread asks for them before their turn, on its own stream.
+def ahead(batches: Generator[Batch, None, None], device: torch.device, count: int = AHEAD) -> Iterator[Batch]:
+    """The batches on the device, as they come; for CUDA a thread asks for `count` before their turn, on its own stream.
 
     Close the iterator: that closes `batches` too.
     """
@@ -33,7 +33,7 @@ def ahead(batches: Generator[Batch, None, None], device: torch.device) -> Iterat
             for batch in batches:
                 yield batch | {"images": put(batch["images"], device)}
         return
-    made: queue.Queue[tuple[Batch | BaseException | None, torch.cuda.Event | None]] = queue.Queue(AHEAD)
+    made: queue.Queue[tuple[Batch | BaseException | None, torch.cuda.Event | None]] = queue.Queue(count)
     stop = threading.Event()
     thread = threading.Thread(target=_make, args=(batches, device, made, stop), daemon=True)
     thread.start()

@@ -22,7 +22,7 @@ from vitcli.data.sources import Dataset
 from vitcli.data.workers import CHUNK, Sample, load
 from vitcli.rng import Stream
 
-AT_ONCE = 4096  # images that are augmented together
+AT_ONCE = 2**24  # bytes of images that are augmented together
 KEPT_BYTES = 2**31  # of a set that is kept on a CUDA device unless the recipe says otherwise
 OTHER_SIZE = "its size is not that of the first image,"
 
@@ -84,12 +84,9 @@ def kept_images(data: DataConfig, dataset: Dataset, device: torch.device, count:
 def kept_batches(
     data: DataConfig, dataset: Dataset, seed: int, order: Iterator[Positions], batch: int, images: Tensor
 ) -> Generator[Batch, None, None]:
-    """The same from images (n, 3, h, w) that are on the device already.
-
-    Several batches are made at once: small ones cost a GPU less than it costs to ask for them.
-    """
+    """The same from images (n, 3, h, w) that are on the device already, `at_once` batches together."""
     labels = put(torch.from_numpy(dataset.labels), images.device)
-    for turn, indices in _together(order, max(1, AT_ONCE // batch)):
+    for turn, indices in _together(order, at_once(data, batch)):
         here = put(torch.from_numpy(indices), images.device)
         chosen = images[here]
         if data.augment.crop == "random_crop":
@@ -98,6 +95,11 @@ def kept_batches(
         chance = rng.Generators(seed, Stream.PIXELS, turn, indices)
         for some, own in zip(augment(chosen, data, chance).split(batch), labels[here].split(batch), strict=True):
             yield {"images": some, "labels": own}
+
+
+def at_once(data: DataConfig, batch: int) -> int:
+    """Batches that are made together: small ones cost a GPU less than it costs to ask for them."""
+    return max(1, AT_ONCE // (batch * 3 * math.prod(data.res)))
 
 
 def _together(order: Iterator[Positions], count: int) -> Iterator[Positions]:
