@@ -103,16 +103,16 @@ def full_then_freed(kilobytes: int, place: str) -> None:
 
 def signal_while_scoring(number: int) -> None:
     """SIGTERM comes in the midst of the n-th evaluation."""
-    from vitcli import train
+    from vitcli.training import keeper
 
-    score, seen = train.score, iter(range(1, 1000))
+    score, seen = keeper.score, iter(range(1, 1000))
 
     def scored(*args, **kwargs):
         if next(seen) == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return score(*args, **kwargs)
 
-    train.score = scored
+    keeper.score = scored
 
 
 def held(step: int) -> None:

@@ -19,9 +19,10 @@ from command import TINY, Said, Vit, finish, process, sets, until
 from safetensors.torch import load_file
 from torch.distributed import TCPStore  # noqa: TID251
 
-from vitcli import processes, run, train
+from vitcli import processes, run
 from vitcli.errors import RecipeError
 from vitcli.processes import Processes
+from vitcli.training import keeper
 from vitcli.training.gradients import exact_size
 
 RUN = [
@@ -374,13 +375,13 @@ def test_sharded_training_follows_that_of_one_process(tmp_path, shard):
 
 @pytest.mark.slow
 def test_sharded_training_may_go_on_with_a_score_that_is_owed(capsys, monkeypatch, tmp_path):
-    score = train.score
+    score = keeper.score
 
     def stopped(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
         return score(*args, **kwargs)
 
-    monkeypatch.setattr(train, "score", stopped)
+    monkeypatch.setattr(keeper, "score", stopped)
     settings = sets(*RUN, "runtime.shard=fsdp")
     said = Vit(capsys, monkeypatch)("pretrain", "quickstart", *settings, "--run", tmp_path / "run")
     assert said.code == 143, said.err

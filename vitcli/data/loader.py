@@ -57,7 +57,7 @@ def train_batches(
     places: Sequence[int] | None = None,
     neighbours: int = 1,
     device: torch.device = CPU,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The batches of the updates `start` to `steps`: "images" uint8 (b, 3, h, w), augmented, and "labels", those of the
     data set: int64 (b,) or bool (b, classes).
 
@@ -90,7 +90,7 @@ def eval_batches(
     share: Sequence[int] | None = None,
     neighbours: int = 1,
     device: torch.device = CPU,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Every image once, or those of `share`, in order: "images" uint8 (b, 3, h, w), and "labels" int64 (b,) or bool
     (b, classes).
 

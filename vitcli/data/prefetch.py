@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -23,7 +23,9 @@ def put(tensor: Tensor, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-def ahead(batches: Generator[Batch, None, None], device: torch.device, count: int = AHEAD) -> Iterator[Batch]:
+def ahead(
+    batches: Generator[Batch, None, None], device: torch.device, count: int = AHEAD
+) -> Generator[Batch, None, None]:
     """The batches on the device, as they come; for CUDA a thread asks for `count` before their turn, on its own stream.
 
     Close the iterator: that closes `batches` too.

@@ -30,7 +30,7 @@ OTHER_SIZE = "its size is not that of the first image,"
 class Kept:
     """The batches of `make`, the same each time: made once if they are `small`, and then kept."""
 
-    def __init__(self, make: Callable[[], Iterator[Batch]], small: bool):
+    def __init__(self, make: Callable[[], Generator[Batch, None, None]], small: bool):
         self._make, self._small = make, small
         self._batches: list[Batch] | None = None
 
@@ -40,7 +40,7 @@ class Kept:
             yield from self._batches
             return
         batches: list[Batch] = []
-        with closing(self._make()) as made:  # pyright: ignore[reportArgumentType] (a generator)
+        with closing(self._make()) as made:
             for batch in made:
                 if self._small:
                     batches.append(batch)

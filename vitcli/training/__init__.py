@@ -1,1 +1,1 @@
-"""What the loop of train.py is made of: an update, its gradients, its account, and what may go wrong with it."""
+"""What the loop of train.py works with: its setup, an update, its account, what becomes of the weights."""
