@@ -1,4 +1,4 @@
-"""Where training runs: device, precision, compilation. The only file that knows."""
+"""Where training runs: device, precision, threads. With fast_paths.py the only file that knows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RuntimeConfig(Schema):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where it is faster")
     attention: Literal["auto", "sdpa", "explicit", "packed"] = Field(
-        "auto", description="explicit is faster on CPUs in bf16; packed, our kernels, on GPUs of Hopper and later"
+        "auto", description="explicit is faster on CPUs in bf16; packed, our kernels, on Hopper"
     )
     residual: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="the tokens between blocks, as precision; norms and losses stay in fp32"
@@ -190,7 +190,7 @@ def _attention(device: torch.device, precision: str) -> str:
         return "sdpa"
     if device.type == "cpu":
         return "explicit"
-    return "packed" if torch.cuda.get_device_capability(device) >= (9, 0) else "sdpa"
+    return "packed" if torch.cuda.get_device_capability(device)[0] == 9 else "sdpa"
 
 
 def _seconds(left: Tensor, right: Tensor) -> float:
