@@ -71,8 +71,7 @@ def fit(
     """
     begin = time.monotonic()
     setup = set_up(recipe, run, trained, processes, progress.note)
-    position, steps, device = setup.position, setup.steps, setup.runtime.device
-    share = processes.share(recipe.batch)
+    position, steps, share, device = setup.position, setup.steps, setup.share, setup.runtime.device
     saved = position.step if setup.resumed else -1
     batches = train_batches(
         recipe.data,

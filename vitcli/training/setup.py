@@ -35,13 +35,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setup:
-    """What `fit` works with. `steps` of the whole training, `warmup` of them with a growing learning rate; `balance`
-    says what is done about classes of unequal size; `resumed`, that the run folder had a checkpoint.
+    """What `fit` works with. `share` are the places of a batch that this process computes; `steps` are those of the
+    whole training, `warmup` of them with a growing learning rate; `balance` says what is done about classes of unequal
+    size; `resumed`, that the run folder had a checkpoint.
     """
 
     recipe: Recipe
     run: Run
     processes: Processes
+    share: range
     runtime: Runtime
     train_set: Dataset
     val_set: Dataset
@@ -87,7 +89,7 @@ def set_up(
         tell(f"warning: {reason}; going on from {found}")
     earlier = run.environment()
     runtime = runtimes.start(recipe.runtime, earlier, processes)
-    processes.share(recipe.batch)  # an error if there is none
+    share = processes.share(recipe.batch)
 
     train_set, val_set = recipe.data.source.open("train"), recipe.data.source.open("val")
     classes = train_set.classes
@@ -106,13 +108,13 @@ def set_up(
     else:
         run.write("env.json", json.dumps(environment, indent=1))
 
-    balance = told(train_set, recipe.data.sampling, recipe.data.repeat_threshold)
-    balance += recipe.objective.notes(train_set.counts.tolist())
+    counts = train_set.counts.tolist()
+    balance = told(train_set, recipe.data.sampling, recipe.data.repeat_threshold) + recipe.objective.notes(counts)
     model = _model(recipe, None if found else trained, len(classes), tell)
     for note in (*train_set.notes, *val_set.notes, *balance):
         tell(note)
 
-    module = runtime.prepare(recipe.objective.build(model, train_set.counts.tolist()))
+    module = runtime.prepare(recipe.objective.build(model, counts))
     engine = Engine(module, processes, recipe.runtime.shard, recipe.runtime.exact, runtime.device)
     optimizer = optim.build(recipe.optim, module)
     average = optim.Average(module, recipe.optim.ema) if recipe.optim.ema else None
@@ -125,6 +127,7 @@ def set_up(
         recipe=recipe,
         run=run,
         processes=processes,
+        share=share,
         runtime=runtime,
         train_set=train_set,
         val_set=val_set,
