@@ -69,11 +69,13 @@ class TorchPredictor:
         A model without pooling answers for each token; the answer for the image is their mean.
         """
         training = self.model.training
-        self.model.eval()
+        if training:  # asked first, since to tell all modules takes longer than a GPU needs for an image
+            self.model.eval()
         try:
             return self._compute(put(images, self.runtime.device)).cpu()
         finally:
-            self.model.train(training)
+            if training:
+                self.model.train()
 
     def _compute(self, images: Tensor) -> Tensor:
         """Where the runtime compiles, all batches are as large as the largest so far, so that few are compiled."""
