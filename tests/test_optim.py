@@ -1,6 +1,7 @@
 """Learning rates against closed forms, updates against torch's own optimisers, the average against its formula."""
 
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from vitcli import optim
 from vitcli.model import ViTConfig
+from vitcli.muon import orthogonal
 from vitcli.optim import OptimConfig
 
 STEPS, WARMUP, LR, END = 100, 10, 1e-3, 1e-5
@@ -58,7 +60,8 @@ def test_the_length_of_warm_up_in_steps_or_epochs():
     ("settings", "words"),
     [
         ({"end_lr": 0.1}, "0.1 is more than lr: 0.001"),
-        ({"name": "sgd", "eps": 1e-6}, "has no effect with sgd; it is for adam"),
+        ({"name": "sgd", "eps": 1e-6}, "has no effect with sgd; it is for adam and muon"),
+        ({"name": "adam", "momentum": 0.5}, "has no effect with adam; it is for sgd and muon"),
         ({"timescale": 5}, "has no effect with cosine; it is for rsqrt"),
         ({"schedule": "constant", "end_lr": 1e-5}, "has no effect with constant; it is for cosine and linear"),
     ],
@@ -79,7 +82,7 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("name", ["adam", "sgd"])
+@pytest.mark.parametrize("name", ["adam", "sgd", "muon"])
 def test_weight_decay_shrinks_kernels_and_nothing_else(name):
     sizes = {"width": 16, "depth": 1, "mlp_dim": 32, "heads": 2, "patch": 4}
     rest = {"registers": 2, "qk_norm": True, "layerscale": 0.1, "representation_size": 8}
@@ -120,7 +123,8 @@ def test_layer_decay_is_that_of_mae_which_counts_the_last_norm_to_the_head_and_e
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    block = nn.Sequential(nn.Linear(6, 8), nn.Tanh())
+    return nn.Sequential(OrderedDict(blocks=block, head=nn.Linear(8, 3))).double()
 
 
 def gradients(module: nn.Module, step: int) -> None:
@@ -155,10 +159,64 @@ def test_updates_are_those_of_torch(name):
         assert all(p.grad is None for p in ours.parameters())
         for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-14)
-    assert not torch.equal(ours[0].weight, network()[0].weight)
+    assert not torch.equal(ours.blocks[0].weight, network().blocks[0].weight)
 
 
-@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_muons_updates_are_those_of_torch_to_the_rounding_of_its_bfloat16():
+    """Queries, keys and values each as a matrix of its own; what is not a matrix of a block is AdamW's."""
+    sizes = {"width": 24, "depth": 2, "mlp_dim": 40, "heads": 2, "patch": 4}
+    torch.manual_seed(0)
+    model = ViTConfig.parse(sizes).build(5, (8, 8))
+    nn.init.normal_(model.head.weight)
+    config = OptimConfig.parse({"name": "muon", "momentum": 0.9, "weight_decay": 0.2, "beta2": 0.95})
+    optimizer = optim.build(config, model)
+
+    theirs = {name: p.detach().clone() for name, p in model.named_parameters()}
+    matrices, decayed, others = {}, [], []
+    for name, p in theirs.items():
+        if name.startswith("blocks.") and p.ndim == 2:
+            for part, matrix in enumerate(p.chunk(3) if "qkv" in name else [p]):
+                matrices[name, part] = nn.Parameter(matrix.clone())
+        else:
+            theirs[name] = nn.Parameter(p)
+            (decayed if optim.is_kernel(name, p) else others).append(theirs[name])
+    muon = torch.optim.Muon(matrices.values(), lr=0.0, weight_decay=0.2, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.2}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95)
+    )
+    for lr in (1e-2, 3e-2, 2e-2):
+        for name, p in model.named_parameters():
+            p.grad = torch.randn_like(p)
+            for (key, part), matrix in matrices.items():
+                if key == name:
+                    matrix.grad = p.grad.chunk(3)[part].clone() if "qkv" in name else p.grad.clone()
+            theirs[name].grad = p.grad.clone()
+        optim.update(optimizer, lr, FINITE)
+        for reference in (muon, adamw):
+            for group in reference.param_groups:
+                group["lr"] = lr
+            reference.step()
+    for name, p in model.named_parameters():
+        parts = [matrix for (key, _), matrix in matrices.items() if key == name]
+        if parts:  # changed by 0.012 rms
+            torch.testing.assert_close(p, torch.cat(parts), rtol=0, atol=6e-4)
+        else:
+            torch.testing.assert_close(p, theirs[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 16, 40), (1, 1, 7)])
+def test_a_matrix_made_orthogonal_keeps_its_singular_vectors_and_no_singular_value(shape):
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    left = u.mT @ orthogonal(x) @ v.mT
+    values = left.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(left, values.diag_embed(), rtol=0, atol=1e-9)
+    assert values.min() > 0.5
+    assert values.max() < 1.25
+    assert torch.equal(orthogonal(torch.zeros(shape)), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd", "muon"])
 def test_a_restored_state_continues_to_the_same_bits(name):
     config = OptimConfig.parse({"name": name, "weight_decay": 0.1})
 
@@ -172,7 +230,7 @@ def test_a_restored_state_continues_to_the_same_bits(name):
     train(whole, optimizer, range(3))
     weights = {key: value.clone() for key, value in whole.state_dict().items()}
     kept = {key: value.clone() for key, value in optim.state(optimizer, whole).items()}
-    assert {key.partition("/")[0] for key in kept} == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert {key.partition("/")[0] for key in kept} == {"blocks.0.weight", "blocks.0.bias", "head.weight", "head.bias"}
     train(whole, optimizer, range(3, 6))
 
     def continued(state: dict[str, torch.Tensor]) -> nn.Module:
@@ -191,7 +249,7 @@ def test_a_restored_state_continues_to_the_same_bits(name):
 
 
 @pytest.mark.parametrize("at", [0, 1, 3])
-@pytest.mark.parametrize("name", ["adam", "sgd"])
+@pytest.mark.parametrize("name", ["adam", "sgd", "muon"])
 def test_a_skipped_update_leaves_no_trace(name, at):
     """A gradient that is not finite at step `at`: everything is as if that step had not been."""
 
@@ -204,7 +262,7 @@ def test_a_skipped_update_leaves_no_trace(name, at):
                 continue
             gradients(module, step)
             if step == bad:
-                module[0].weight.grad[2, 3] = torch.nan
+                module.blocks[0].weight.grad[2, 3] = torch.nan
             finite = optim.clip(module, 1.0).isfinite()
             assert bool(finite) is (step != bad)
             optim.update(optimizer, 1e-2, finite)

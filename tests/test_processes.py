@@ -351,8 +351,9 @@ def test_two_processes_come_to_the_bits_of_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_to_the_same_bits_in_another_number_of_processes(tmp_path):
-    settings = sets(*RUN, *CHANCE, "runtime.exact=8")
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_run_goes_on_to_the_same_bits_in_another_number_of_processes(tmp_path, optimizer):
+    settings = sets(*RUN, *CHANCE, f"optim.name={optimizer}", "runtime.exact=8")
     assert alone("pretrain", "quickstart", *settings, "--run", "one", cwd=tmp_path).code == 0
     shutil.copytree(tmp_path / "one", tmp_path / "four")
     shutil.rmtree(tmp_path / "four/checkpoints/step_00000012")

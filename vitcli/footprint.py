@@ -22,7 +22,7 @@ def peak(recipe: Recipe, runtime: Runtime, parameters: int, classes: int, proces
     number, explicit = (2 if runtime.precision == "bf16" else FP32), runtime.attention == "explicit"
     images = at_a_time(recipe, processes)
     held = parameters / processes.count if recipe.runtime.shard == "fsdp" else parameters
-    moments = 2 if recipe.optim.name == "adam" else 1
+    moments = 2 if recipe.optim.name == "adam" else 1  # of Muon's few parameters that are Adam's, one is forgotten
     weights = FP32 * held * (1 + moments + bool(recipe.optim.ema))
     gradients = FP32 * held
     halved = number * parameters if number < FP32 else 0  # autocast's copy of the weights
@@ -39,7 +39,8 @@ def peak(recipe: Recipe, runtime: Runtime, parameters: int, classes: int, proces
     flowing = tokens(c, recipe.data.res) * (residual * c.width + number * c.mlp_dim)  # gradients in a block
     earlier = gradients if images < len(processes.share(recipe.batch)) else 0  # those of the micro-batches before
     start = images * (saved + given + logits + flowing) + halved + earlier
-    return weights + max(start, gradients)
+    end = 3 * gradients if recipe.optim.name == "muon" else gradients  # with what momentum makes of them, and its steps
+    return weights + max(start, end)
 
 
 def tokens(c: ViTConfig, image_size: tuple[int, int]) -> int:

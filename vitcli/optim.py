@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -27,7 +27,9 @@ class OptimConfig(Schema):
     peak learning rate to get this one (1e-4 at 1e-3 is 0.1).
     """
 
-    name: Literal["adam", "sgd"] = Field("adam", description="adam with weight decay is AdamW")
+    name: Literal["adam", "sgd", "muon"] = Field(
+        "adam", description="adam with weight decay is AdamW; muon is Muon for the blocks' matrices, adam for the rest"
+    )
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     schedule: Literal["cosine", "linear", "rsqrt", "constant"] = "cosine"
     warmup_steps: int | None = Field(None, ge=0, description="steps from 0 to the peak")
@@ -36,10 +38,10 @@ class OptimConfig(Schema):
     timescale: PositiveInt = Field(10_000, description="rsqrt: steps after which the learning rate falls visibly")
     cooldown_steps: int = Field(0, ge=0, description="rsqrt and constant: last steps, linear to end_lr")
     weight_decay: float = Field(0.0, ge=0)
-    momentum: float = Field(0.9, ge=0, lt=1, description="sgd")
-    beta1: float = Field(0.9, ge=0, lt=1, description="adam")
-    beta2: float = Field(0.999, ge=0, lt=1, description="adam")
-    eps: float = Field(1e-8, gt=0, description="adam")
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd and muon")
+    beta1: float = Field(0.9, ge=0, lt=1, description="adam and muon")
+    beta2: float = Field(0.999, ge=0, lt=1, description="adam and muon")
+    eps: float = Field(1e-8, gt=0, description="adam and muon")
     clip: float | None = Field(1.0, gt=0, description="largest norm of the whole gradient; null: no clipping")
     layer_decay: float = Field(1.0, gt=0, le=1, description="a block's learning rate, as a share of the next block's")
     freeze: bool = Field(False, description="train the head alone: a linear probe")
@@ -53,10 +55,10 @@ class OptimConfig(Schema):
             raise wrong("end_lr", f"{self.end_lr} is more than lr: {self.lr}")
         falling, level = ("cosine", "linear"), ("rsqrt", "constant")
         for key, chosen, needs in (
-            ("momentum", self.name, ("sgd",)),
-            ("beta1", self.name, ("adam",)),
-            ("beta2", self.name, ("adam",)),
-            ("eps", self.name, ("adam",)),
+            ("momentum", self.name, ("sgd", "muon")),
+            ("beta1", self.name, ("adam", "muon")),
+            ("beta2", self.name, ("adam", "muon")),
+            ("eps", self.name, ("adam", "muon")),
             ("timescale", self.schedule, ("rsqrt",)),
             ("cooldown_steps", self.schedule, level),
             ("end_lr", self.schedule, falling + level if self.cooldown_steps else falling),
@@ -122,25 +124,40 @@ def _block(name: str) -> int:
     return int(found[1]) + 1 if found else 0
 
 
+def _matrices(name: str, parameter: Tensor) -> int:
+    """How many matrices of a block a parameter holds: queries, keys and values are three in one."""
+    if not _block(name) or not is_kernel(name, parameter):
+        return 0
+    return 3 if name.endswith("qkv.weight") else 1
+
+
 def build(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser over the parameters of `module` that are trained, in groups of one decay and one share of the
-    learning rate."""
+    """The optimiser over the parameters of `module` that are trained, in groups of one decay, one share of the
+    learning rate, and, for Muon, as many matrices in each."""
     import torch
 
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     depth = max((_block(name) for name, _ in module.named_parameters()), default=0)
-    together: dict[tuple[float, float], list[Tensor]] = {}
+    together: dict[tuple[float, float, int], list[Tensor]] = {}
     for name, parameter in sorted(named, key=lambda pair: not is_kernel(*pair)):
         decay = config.weight_decay if is_kernel(name, parameter) else 0.0
         share = config.layer_decay ** (depth + 1 - layer(name, depth))
-        together.setdefault((decay, share), []).append(parameter)
-    groups = [{"params": own, "decay": decay, "share": share} for (decay, share), own in together.items()]
+        matrices = _matrices(name, parameter) if config.name == "muon" else 0
+        together.setdefault((decay, share, matrices), []).append(parameter)
+    groups = [
+        {"params": own, "decay": decay, "share": share, "matrices": matrices}
+        for (decay, share, matrices), own in together.items()
+    ]
     # Momentum starts at zero here, since torch's would start at random if the first update were skipped.
-    # Decay is applied by `update`, the same way for both, so the optimisers themselves are told of none.
-    if config.name == "adam":
-        betas = (config.beta1, config.beta2)
-        on_gpu = named[0][1].is_cuda  # there updates may be recorded
-        return torch.optim.Adam(groups, lr=0.0, betas=betas, eps=config.eps, fused=True, capturable=on_gpu)
+    # Decay is applied by `update`, the same way for all, so the optimisers themselves are told of none.
+    if config.name != "sgd":
+        betas, on_gpu = (config.beta1, config.beta2), named[0][1].is_cuda  # there updates may be recorded
+        adam: dict[str, Any] = {"lr": 0.0, "betas": betas, "eps": config.eps, "fused": True, "capturable": on_gpu}
+        if config.name == "adam":
+            return torch.optim.Adam(groups, **adam)
+        from vitcli.muon import Muon
+
+        return Muon(groups, config.momentum, **adam)
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, fused=True)
     if config.momentum:
         for _, parameter in named:

@@ -83,6 +83,8 @@ class Recipe(Schema):
                 raise wrong(f"optim.{key}", f"{length} is more than {key.split('_')[1]}: {limit}")
         if (self.runtime.micro_batch or 0) > self.batch:
             raise wrong("runtime.micro_batch", f"{self.runtime.micro_batch} is more than batch: {self.batch}")
+        if self.optim.name == "muon" and self.runtime.shard == "fsdp":
+            raise wrong("runtime.shard", "fsdp cuts the matrices that optim.name: muon needs whole; ddp goes with it")
         return self
 
 

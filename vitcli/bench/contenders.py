@@ -80,10 +80,10 @@ def _peer_step(recipe: Recipe, runtime: Runtime, name: str, batch: int) -> Call:
         model.compile(dynamic=False)
     module: Any = recipe.objective.build(model, [1] * classes(recipe))  # pyright: ignore[reportArgumentType] (the same loss round any model)
     o, parameters = recipe.optim, list(model.parameters())
-    if o.name == "adam":
-        optimizer = torch.optim.AdamW(parameters, o.lr, (o.beta1, o.beta2), o.eps, o.weight_decay, fused=True)
-    else:
+    if o.name == "sgd":
         optimizer = torch.optim.SGD(parameters, o.lr, o.momentum, fused=True)
+    else:  # torch's Muon takes matrices alone, one after the other
+        optimizer = torch.optim.AdamW(parameters, o.lr, (o.beta1, o.beta2), o.eps, o.weight_decay, fused=True)
     part = _batch(recipe, runtime, batch)
 
     def step() -> None:
@@ -154,7 +154,7 @@ def _peer_answers(subject: Subject, runtime: Runtime, name: str, batch: int) -> 
 
 
 def _predictor(module: Any, subject: Subject, runtime: Runtime) -> TorchPredictor:
-    return TorchPredictor(module, (), subject.preprocessing, runtime, subject.name)
+    return TorchPredictor(module.eval(), (), subject.preprocessing, runtime, subject.name)
 
 
 def _answers(predictor: Predictor, batch: int) -> Call:
