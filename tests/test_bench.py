@@ -1,5 +1,7 @@
 """`vit bench`: who is measured is the same model, and how it is measured is fair."""
 
+from dataclasses import replace
+from itertools import groupby, islice
 from pathlib import Path
 
 import onnx
@@ -12,9 +14,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vitcli.bench import measure as bench
-from vitcli.bench import peers
+from vitcli.bench import peer_data, peers
 from vitcli.bench.measure import Contender
-from vitcli.data import Preprocessing
+from vitcli.data import DataConfig, Preprocessing
 from vitcli.errors import MemoryExhaustedError
 from vitcli.model import ViTConfig
 from vitcli.plan import cost
@@ -145,6 +147,14 @@ def test_blocks_alternate_after_all_are_warm():
     assert ("b", "prepare", 8) in calls[:-6]
     assert len(first.blocks) == len(second.blocks) == 3
     assert first.median == sorted(first.blocks)[1]
+
+
+def test_what_was_made_ready_before_a_block_does_not_count():
+    calls = []
+    ready = replace(recorder(calls, "a"), before=5)
+    run([ready, recorder(calls, "b")], [8])
+    turns = [len(list(turn)) for name, turn in groupby(calls[-14:], key=lambda call: call[0])]
+    assert turns == [6, 1, 6, 1]
 
 
 def test_each_takes_its_best_batch_and_says_what_did_not_fit():
@@ -292,6 +302,80 @@ def test_data(vit):
     assert result["settings"] == "0 loader processes"
     assert 0 < result["images_per_second_per_core"] <= result["images_per_second"]
     assert "img/s a core" in vit("bench", "data", "quickstart", *sets("data.workers=0"), *QUICK).out
+
+
+@pytest.fixture(scope="module")
+def jpegs(tmp_path_factory) -> Path:
+    """24 images of two classes, one red and one blue, of 40x30 pixels."""
+    folder = tmp_path_factory.mktemp("jpegs")
+    for name, colour in (("blue", (20, 40, 230)), ("red", (230, 40, 20))):
+        (folder / name).mkdir()
+        for number in range(12):
+            Image.new("RGB", (40, 30), colour).save(folder / name / f"{number}.jpg")
+    return folder
+
+
+def test_data_beside_other_loaders(vit, jpegs):
+    settings = sets(f"data.source.path={jpegs}", "data.res=16", "data.resize=16", "data.workers=0")
+    said = vit(
+        "bench", "data", "b16_in1k", *settings, "--batch", 8, "--against", "timm,torchvision,transformers", *QUICK
+    )
+    assert said.code == 0, said.err
+    rows = [line.split("\t") for line in said.out.splitlines()[-4:]]
+    assert [(row[0], row[6]) for row in rows] == [
+        ("vitcli", "8"),
+        ("timm", "8"),
+        ("torchvision", "8"),
+        ("transformers", "-"),
+    ]
+    assert rows[1][-1].startswith("0 loader processes, its own transforms")
+    assert rows[3][-1] == "transformers has no loader of its own"
+
+
+@pytest.mark.parametrize("peer", ["timm", "torchvision"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_peers_load_is_the_recipes(jpegs, peer, workers):
+    augment = {"randaugment": {"n": 1, "m": 3}, "color_jitter": 0.01, "random_erasing": 0.01, "area": (0.5, 1.0)}
+    data = DataConfig.parse(
+        {"source": {"name": "folder", "path": str(jpegs)}, "res": 16, "augment": augment, "workers": workers}
+    )
+    loaded = peer_data.batches(peer, data, data.source.open("train"), 8, CPU)
+    colours = {0: [], 1: []}
+    for images, labels in islice(loaded, 6):  # two epochs
+        assert (images.shape, images.dtype, labels.shape) == ((8, 3, 16, 16), torch.float32, (8,))
+        for image, label in zip(images, labels.tolist(), strict=True):
+            colours[label].append(image.mean((1, 2)))
+    blue, red = (torch.stack(colours[label]).median(0).values for label in (0, 1))
+    assert len(colours[0]) == len(colours[1]) == 24
+    torch.testing.assert_close(blue, torch.tensor([20, 40, 230]) / 127.5 - 1, rtol=0, atol=0.4)
+    torch.testing.assert_close(red, torch.tensor([230, 40, 20]) / 127.5 - 1, rtol=0, atol=0.4)
+    loaded.close()
+
+
+@pytest.mark.parametrize(
+    ("peer", "settings", "reason"),
+    [
+        ("transformers", {}, "transformers has no loader of its own"),
+        ("timm", {"augment": {"crop": "central_crop"}}, "timm has no crop like central_crop"),
+        ("torchvision", {"sampling": "balanced"}, "torchvision does not sample as balanced"),
+        ("timm", {"source": "digits"}, "timm reads files"),
+    ],
+)
+def test_what_peers_cannot_load(jpegs, peer, settings, reason):
+    data = DataConfig.parse({"source": {"name": "folder", "path": str(jpegs)}, "res": 16} | settings)
+    with pytest.raises(peers.PeerError, match=reason):
+        next(peer_data.batches(peer, data, data.source.open("train"), 8, CPU))
+
+
+def test_train_from_disk(vit, jpegs):
+    settings = sets(f"data.source.path={jpegs}", "data.classes=2", "data.res=8", "data.resize=8", "data.workers=0")
+    command = ("bench", "train", "b16_in1k", *TINY, *settings, "--batch", 4, "--from-disk", "--against", "timm,plain")
+    said = vit(*command, *QUICK, "--json")
+    assert said.code == 0, said.err
+    how = {(result["name"], result["settings"].rpartition("; ")[2]) for result in said.json["results"]}
+    assert how == {("vitcli", "from disk"), ("vitcli", "one batch"), ("timm", "from disk"), ("plain", "from disk")}
+    assert all(len(result["blocks"]) == 2 for result in said.json["results"])
+    assert vit(*command, *QUICK, "--batch", 32).code == 3  # there are 24
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING
 
 from vitcli import optim, rng
 from vitcli.data.loader import train_batches
-from vitcli.data.mix import mix_share, places, targets_of
-from vitcli.data.prefetch import put
-from vitcli.data.preprocess import normalise
+from vitcli.data.mix import places, ready
 from vitcli.errors import DataError, NumericsError
 from vitcli.processes import ALONE, Processes
 from vitcli.report.plots import draw_results
@@ -123,10 +121,8 @@ def fit(
             batch = next(batches)
             meter.wait(time.monotonic() - asked)
             meter.replaced(batch.pop("bad", {}))
-            images = normalise(batch["images"], recipe.data)
-            targets = targets_of(put(batch["labels"], device), len(setup.classes))
             chance = rng.generator(recipe.seed, Stream.MIX, step)
-            images, targets = mix_share(images, targets, len(share), recipe.data.augment, chance)
+            images, targets = ready(batch, recipe.data, len(setup.classes), len(share), chance)
 
             lr = optim.learning_rate(recipe.optim, step, steps, setup.warmup)
             meter.add(step, len(share), setup.update(step, images, targets, lr))

@@ -7,22 +7,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from vitcli import checkpoint, optim
-from vitcli.bench import peers
+from vitcli import checkpoint, optim, rng
+from vitcli.bench import peer_data, peers
 from vitcli.bench.measure import Contender
 from vitcli.data import Preprocessing
 from vitcli.data.loader import train_batches
-from vitcli.data.prefetch import put
+from vitcli.data.mix import mix, ready, targets_of
+from vitcli.data.prefetch import AHEAD, Batch, put
+from vitcli.data.sources import Dataset
 from vitcli.inference import Predictor, TorchPredictor
 from vitcli.onnx.model import OnnxPredictor
 from vitcli.processes import ALONE
 from vitcli.recipe import Recipe
+from vitcli.rng import Stream
 from vitcli.runtime import Runtime
 from vitcli.training.gradients import Engine
 from vitcli.training.micro_batch import MicroBatch
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
 ENDLESS = 1_000_000  # updates, more than any measurement takes
 
 Call = Callable[[], object]
+Feed = Callable[[str, int], Iterator[tuple[Tensor, Tensor]]]  # of a contender, a batch: normalised images and targets
 
 
 @dataclass(frozen=True)
@@ -49,17 +54,24 @@ class Subject:
     predictor: Predictor | None = None
 
 
-def training(recipe: Recipe, runtime: Runtime, against: list[str]) -> list[Contender]:
-    """Training steps of a recipe's model: forward, backward, clipping and update, on a batch already on the device.
+def training(recipe: Recipe, runtime: Runtime, against: list[str], from_disk: bool) -> list[Contender]:
+    """Training steps of a recipe's model: forward, backward, clipping and update, on one batch that is on the device
+    already, or, `from_disk`, on the recipe's own images, which are then loaded and augmented meanwhile.
 
-    The peers get the same batch, loss, precision and clipping, torch's fused optimiser, and are compiled as a whole
-    where ours is compiled.
+    The peers get the same loss, precision and clipping, torch's fused optimiser, and are compiled as a whole where ours
+    is compiled. From disk they load the images as they do it themselves, and ours enters once more on one batch.
     """
-    own, peer = partial(_own_step, recipe), partial(_peer_step, recipe, runtime)
-    return [Contender("vitcli", settings(runtime), partial(own, runtime)), *_rivals(against, runtime, own, peer)]
+    feed = partial(_loaded if from_disk else _one_batch, recipe, runtime)
+    own, peer = partial(_own_step, recipe, feed), partial(_peer_step, recipe, runtime, feed)
+    found = [Contender("vitcli", settings(runtime), partial(own, runtime)), *_rivals(against, runtime, own, peer)]
+    if from_disk:
+        found = [replace(one, settings=f"{one.settings}; from disk", before=_waiting(recipe)) for one in found]
+        alone = partial(_own_step, recipe, partial(_one_batch, recipe, runtime), runtime)
+        found.insert(1, Contender("vitcli", f"{settings(runtime)}; one batch", alone))
+    return found
 
 
-def _own_step(recipe: Recipe, runtime: Runtime, batch: int) -> Call:
+def _own_step(recipe: Recipe, feed: Feed, runtime: Runtime, batch: int) -> Call:
     """An update as `train.fit` does it."""
     recipe = recipe.model_copy(update={"batch": batch})
     model = recipe.model.build(classes(recipe), recipe.data.res)
@@ -70,11 +82,13 @@ def _own_step(recipe: Recipe, runtime: Runtime, batch: int) -> Call:
     at_a_time = min(batch, recipe.runtime.micro_batch or batch)
     micro_batch = MicroBatch(at_a_time, Position(), ALONE, rigid=True, tell=print)
     update = Update(recipe, engine, optimizer, average, runtime, ALONE, micro_batch)
-    return partial(update, 0, **_batch(recipe, runtime, batch), lr=recipe.optim.lr)
+    fed = feed("vitcli", batch)
+    return lambda: update(0, *next(fed), lr=recipe.optim.lr)
 
 
-def _peer_step(recipe: Recipe, runtime: Runtime, name: str, batch: int) -> Call:
+def _peer_step(recipe: Recipe, runtime: Runtime, feed: Feed, name: str, batch: int) -> Call:
     """An update as a peer's users write it at its best."""
+    fed = feed(name, batch)
     model = peers.build(name, recipe.model, classes(recipe), recipe.data.res).to(runtime.device).train()
     if runtime.compile:
         model.compile(dynamic=False)
@@ -84,11 +98,11 @@ def _peer_step(recipe: Recipe, runtime: Runtime, name: str, batch: int) -> Call:
         optimizer = torch.optim.SGD(parameters, o.lr, o.momentum, fused=True)
     else:  # torch's Muon takes matrices alone, one after the other
         optimizer = torch.optim.AdamW(parameters, o.lr, (o.beta1, o.beta2), o.eps, o.weight_decay, fused=True)
-    part = _batch(recipe, runtime, batch)
 
     def step() -> None:
+        images, targets = next(fed)
         with runtime.autocast():
-            loss = module(part)["loss"]
+            loss = module({"images": images, "targets": targets})["loss"]
         loss.backward()
         if o.clip is not None:
             nn.utils.clip_grad_norm_(parameters, o.clip)
@@ -98,11 +112,34 @@ def _peer_step(recipe: Recipe, runtime: Runtime, name: str, batch: int) -> Call:
     return step
 
 
-def _batch(recipe: Recipe, runtime: Runtime, batch: int) -> dict[str, Tensor]:
-    """Noise for images, and a class of each, on the device."""
+def _one_batch(recipe: Recipe, runtime: Runtime, name: str, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Noise for images, and a class of each, on the device: for all the same."""
     images = torch.randn(batch, 3, *recipe.data.res)
     targets = nn.functional.one_hot(torch.randint(classes(recipe), (batch,)), classes(recipe)).float()
-    return {"images": put(images, runtime.device), "targets": put(targets, runtime.device)}
+    return repeat((put(images, runtime.device), put(targets, runtime.device)))
+
+
+def _loaded(recipe: Recipe, runtime: Runtime, name: str, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The recipe's training images and their targets, mixed; in a peer's name as it loads them itself."""
+    data, dataset, device = recipe.data, recipe.data.source.open("train"), runtime.device
+    chances = (rng.generator(recipe.seed, Stream.MIX, step) for step in count())
+    if name in peers.NAMES:
+        for images, labels in peer_data.batches(name, data, dataset, batch, device):
+            yield mix(images, targets_of(labels, classes(recipe)), data.augment, next(chances))
+    else:
+        for made in _train_batches(recipe, dataset, batch, device):
+            yield ready(made, data, classes(recipe), batch, next(chances))
+
+
+def _train_batches(recipe: Recipe, dataset: Dataset, batch: int, device: torch.device) -> Iterator[Batch]:
+    """Raises DataError where there are too few images for a batch."""
+    recipe.model_copy(update={"batch": batch}).length(len(dataset))
+    return train_batches(recipe.data, dataset, batch=batch, seed=recipe.seed, start=0, steps=ENDLESS, device=device)
+
+
+def _waiting(recipe: Recipe) -> int:
+    """Batches that are loaded at most while nobody asks: two for each loader process, and those on the device."""
+    return 2 * peer_data.workers(recipe.data) + AHEAD
 
 
 def classes(recipe: Recipe) -> int:
@@ -133,8 +170,10 @@ def inference(subjects: list[Subject], runtime: Runtime, against: list[str]) -> 
     """
 
     own, peer = partial(_own_answers, subjects[0]), partial(_peer_answers, subjects[0], runtime)
+    attention = "sdpa" if runtime.attention == "packed" else runtime.attention  # our kernels are for training
+    how = settings(replace(runtime, attention=attention))
     found = [
-        Contender(one.name, "ONNX Runtime" if one.predictor else settings(runtime), partial(_own_answers, one, runtime))
+        Contender(one.name, "ONNX Runtime" if one.predictor else how, partial(_own_answers, one, runtime))
         for one in subjects
     ]
     return [*found, *_rivals(against, runtime, own, peer)]
@@ -162,18 +201,25 @@ def _answers(predictor: Predictor, batch: int) -> Call:
     return lambda: predictor.logits(images)
 
 
-def loading(recipe: Recipe, runtime: Runtime) -> list[Contender]:
-    """The recipe's training batches, read and augmented on the device as for training, and handed to nobody."""
+def loading(recipe: Recipe, runtime: Runtime, against: list[str]) -> list[Contender]:
+    """The recipe's training batches, read and augmented as for training, on the device, and handed to nobody."""
+    data, device = recipe.data, runtime.device
 
-    def prepare(batch: int) -> Call:
-        data = recipe.data
-        dataset, device = data.source.open("train"), runtime.device
-        batches = train_batches(data, dataset, batch=batch, seed=recipe.seed, start=0, steps=ENDLESS, device=device)
+    def own(batch: int) -> Call:
+        batches = _train_batches(recipe, data.source.open("train"), batch, device)
         return lambda: next(batches)
 
-    chosen = recipe.data.workers
-    workers = "usual" if chosen is None else str(chosen)
-    return [Contender("vitcli", f"{workers} loader processes", prepare)]
+    def peer(name: str, batch: int) -> Call:
+        batches = peer_data.batches(name, data, data.source.open("train"), batch, device)
+        return lambda: next(batches)
+
+    before = _waiting(recipe) if against else 0
+    usual = "usual" if data.workers is None else str(data.workers)
+    theirs = f"{peer_data.workers(data)} loader processes, its own transforms"
+    return [
+        Contender("vitcli", f"{usual} loader processes", own, before),
+        *(Contender(name, theirs, partial(peer, name), before) for name in against),
+    ]
 
 
 def _rivals(

@@ -24,12 +24,14 @@ WARM_UP = 3  # calls before anything is timed: compilation, choice of kernels, f
 class Contender:
     """What is measured. `prepare(batch)` sets everything up and gives the call that handles one batch.
 
-    `settings` says in a few words how it computes.
+    `settings` says in a few words how it computes. `before` calls precede each block without counting: they use up what
+    loader processes made ready while others had their turn.
     """
 
     name: str
     settings: str
     prepare: Callable[[int], Callable[[], object]]
+    before: int = 0
 
 
 @dataclass
@@ -86,6 +88,7 @@ class _Ready:
 
     batch: int
     call: Callable[[], object]
+    before: int
     calls: int
     speed: float
     memory: int | None
@@ -125,6 +128,7 @@ def measure(
         on_stage(f"block {index + 1} of {blocks}: {', '.join(result.name for result, _ in running)}")
         for result, best in running:
             result.batch, result.memory = best.batch, best.memory
+            _seconds(best.call, best.before, device)
             result.blocks.append(best.batch * best.calls / _seconds(best.call, best.calls, device))
     return [result for result, _ in entered]
 
@@ -162,10 +166,10 @@ def _ready(contender: Contender, batch: int, device: torch.device, seconds: floa
         import torch
 
         torch.cuda.reset_peak_memory_stats(device)
-    one = _seconds(call, 1, device)
-    calls = max(1, round(seconds / one))
+    some = max(1, contender.before)
+    calls = max(1, round(seconds * some / _seconds(call, some, device)))
     speed = batch * calls / _seconds(call, calls, device)
-    return _Ready(batch, call, calls, speed, _peak(device, before))
+    return _Ready(batch, call, contender.before, calls, speed, _peak(device, before))
 
 
 def _seconds(call: Callable[[], object], calls: int, device: torch.device) -> float:

@@ -59,6 +59,14 @@ def train(
     sets: Set = None,
     batch: Batch = None,
     against: Against = None,
+    from_disk: Annotated[
+        bool,
+        Option(
+            "--from-disk",
+            help="Load the recipe's images in each step, as training does; peers with their own loaders.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = False,
     blocks: Blocks = 7,
     seconds: Seconds = 2.0,
     output: Output = None,
@@ -67,6 +75,8 @@ def train(
     """Training steps: forward, backward and update, on a batch that is already on the device.
 
     vit bench train --batch 256,512 --against timm,torchvision -o speed.png
+
+    vit bench train b16_in1k --set data.source.path=/data/imagenet --from-disk --against timm
 
     vit bench train cifar10 --set runtime.device=cpu --against plain
     """
@@ -79,7 +89,7 @@ def train(
     from vitcli.bench import contenders
 
     started = runtime.start(loaded.runtime)
-    entered = contenders.training(loaded, started, names)
+    entered = contenders.training(loaded, started, names, from_disk)
     flops = _flops(loaded.model, contenders.classes(loaded), loaded.data.res)
     model = f"{_described(loaded.model, loaded.data.res)}, {recipe}"
     _finish("training", model, 3 * flops, started, entered, how)
@@ -147,6 +157,10 @@ def data(
     recipe: RecipeName = "quickstart",
     sets: Set = None,
     batch: Batch = None,
+    against: Annotated[
+        list[str] | None,
+        Option(metavar="PEER,PEER", help="timm, torchvision, with their own loaders.", rich_help_panel=MEASURE),
+    ] = None,
     blocks: Blocks = 7,
     seconds: Seconds = 2.0,
     output: Output = None,
@@ -154,17 +168,18 @@ def data(
 ) -> None:
     """The recipe's training images: read, decoded and augmented, with no model to wait for.
 
-    vit bench data b16_in1k --set data.source.path=/data/imagenet
+    vit bench data b16_in1k --set data.source.path=/data/imagenet --against timm,torchvision
     """
     how = _How(_batches(batch), blocks, seconds, _places(output), json)
     loaded = _recipe(recipe, sets)
+    names = _peers(against)
     from vitcli import runtime
     from vitcli.bench import contenders
 
     started = runtime.start(loaded.runtime)
     height, width = loaded.data.res
     model = f"{loaded.data.source.name} at {height}x{width}, {recipe}"
-    entered = contenders.loading(loaded, started)
+    entered = contenders.loading(loaded, started, names)
     _finish("loading", model, None, started, entered, how._replace(batches=how.batches or [loaded.batch]))
 
 

@@ -6,7 +6,9 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitcli.data import Augment
+from vitcli.data import Augment, DataConfig
+from vitcli.data.prefetch import Batch, put
+from vitcli.data.preprocess import normalise
 
 
 def targets_of(labels: Tensor, classes: int) -> Tensor:
@@ -21,11 +23,12 @@ def places(share: range, batch: int, config: Augment) -> list[int]:
     return [*before, *share]
 
 
-def mix_share(
-    images: Tensor, targets: Tensor, size: int, config: Augment, rng: np.random.Generator
-) -> tuple[Tensor, Tensor]:
-    """`mix` of the last `size` images of a share, which come after the predecessor of the first where one is needed."""
-    images, targets = mix(images, targets, config, rng)
+def ready(batch: Batch, data: DataConfig, classes: int, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """What an update takes, of a batch of `train_batches`: its last `size` images, normalised, and their targets
+    (size, classes), both mixed, on the device of the images."""
+    images = normalise(batch["images"], data)
+    targets = targets_of(put(batch["labels"], images.device), classes)
+    images, targets = mix(images, targets, data.augment, rng)
     return images[-size:], targets[-size:]
 
 
