@@ -7,8 +7,7 @@ import pytest
 import torch
 from command import TINY, Vit, content, sets
 
-from vitcli import train
-from vitcli.data import preprocess
+from vitcli.data import mix, preprocess
 
 RUN = [*TINY, "steps=12", "log_every=4", "eval_every=6", "keep_last=9", "save_every=1"]
 
@@ -34,7 +33,7 @@ def spoil(monkeypatch):
                 signal.raise_signal(signal.SIGTERM)
             return images
 
-        monkeypatch.setattr(train, "normalise", normalise)
+        monkeypatch.setattr(mix, "normalise", normalise)
 
     return spoil
 

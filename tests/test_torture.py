@@ -226,15 +226,14 @@ def same_bits(run, other):
 EXACT = sets("runtime={device: cpu, precision: fp32, threads: 1, exact: 8}")
 SPOIL = """
 import torch
-from vitcli import train
-from vitcli.data import preprocess
+from vitcli.data import mix, preprocess
 seen = iter(range(1000))
 def normalise(images, data):
     images = preprocess.normalise(images, data)
     if next(seen) in {steps} and rank == 1:
         images[:] = torch.nan  # a cut from another image would hide one
     return images
-train.normalise = normalise
+mix.normalise = normalise
 """
 LIMIT = """
 import torch
