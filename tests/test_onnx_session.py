@@ -64,6 +64,18 @@ def test_a_bound_session_answers_as_a_plain_one(monkeypatch, trained, file, imag
     assert max(seen) <= piece
 
 
+def test_torch_leaves_the_cores_to_onnx_runtime(file, images):
+    """Its threads would spin beside those of ONNX Runtime, which then took three times as long (2 cores)."""
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        session = Session(file, onnx.load(file), "cpu")
+        session.run(images, lambda some: seen.append(torch.get_num_threads()) or some.float())
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_channels_last_and_sliced_images_are_read_rightly(trained, file, images):
     predictor = OnnxPredictor(file, "cpu")
     expected = predictor.logits(images)

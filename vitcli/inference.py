@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -223,7 +224,9 @@ def predict(predictor: Predictor, paths: Sequence[str], *, top: int = 5, batch: 
 
 
 def _guesses(predictor: Predictor, images: list[Tensor], top: int) -> list[tuple[Guess, ...]]:
-    alike = [torch.stack(list(part)) for _, part in groupby(images, key=lambda image: image.shape)]
+    # By numpy: torch's threads would be in ONNX Runtime's way (onnx/session.py).
+    arrays = (image.numpy() for image in images)
+    alike = [torch.from_numpy(np.stack(list(part))) for _, part in groupby(arrays, key=lambda image: image.shape)]
     if not alike:
         return []
     logits, several = torch.cat([_finite(predictor, part) for part in alike]).double(), predictor.thresholds is not None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,7 +58,7 @@ class Session:
         """
         given, answers = [], []
         for piece in images.split(PIECE):
-            with torch.cuda.stream(self._upload):  # without a stream this does nothing
+            with torch.cuda.stream(self._upload), _one_thread():  # without a stream the first does nothing
                 given.append(prepare(self._put(piece)).contiguous())
             with torch.cuda.stream(self._stream):
                 answers.append(self._answer(given[-1]))
@@ -80,6 +81,17 @@ class Session:
         binding.bind_output(output, *place, _numpy(answer.dtype), tuple(answer.shape), answer.data_ptr())
         self._session.run_with_iobinding(binding, self._options)
         return answer
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch by itself: its other threads would go on to wait in a loop, on the cores that ONNX Runtime needs next."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _numpy(dtype: torch.dtype) -> Any:
