@@ -121,6 +121,23 @@ def test_layer_decay_is_that_of_mae_which_counts_the_last_norm_to_the_head_and_e
         torch.testing.assert_close(parameter, before[name] - 0.1 * shares[name])
 
 
+def test_the_blocks_of_a_hybrids_stem_are_none_of_the_encoder():
+    sizes = {"width": 16, "depth": 2, "mlp_dim": 32, "heads": 2, "patch": 1, "stem": {"layers": [1, 1], "width": 32}}
+    model = ViTConfig.parse(sizes).build(5, (16, 16))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    config = OptimConfig.parse({"name": "muon", "layer_decay": 0.5})
+    optimizer = optim.build(config, model)
+    stem = {name for name in names.values() if name.startswith("patch_embed.backbone.stages.")}
+    assert len(stem) > 10
+    for group in optimizer.param_groups:
+        for name in {names[id(parameter)] for parameter in group["params"]} & stem:
+            assert (group["share"], group["matrices"]) == (0.125, 0), name
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optim.update(optimizer, 0.1, FINITE)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def network() -> nn.Sequential:
     torch.manual_seed(0)
     block = nn.Sequential(nn.Linear(6, 8), nn.Tanh())

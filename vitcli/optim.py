@@ -119,8 +119,8 @@ def layer(name: str, depth: int) -> int:
 
 
 def _block(name: str) -> int:
-    """The number of the block that a parameter is in, from 1, or 0."""
-    found = re.search(r"\bblocks\.(\d+)\.", name)
+    """The number of the encoder's block that a parameter is in, from 1, or 0: the stem has blocks, too."""
+    found = re.match(r"(?:model\.)?blocks\.(\d+)\.", name)
     return int(found[1]) + 1 if found else 0
 
 
