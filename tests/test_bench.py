@@ -333,7 +333,7 @@ def test_data_beside_other_loaders(vit, jpegs):
 
 
 @pytest.mark.parametrize("peer", ["timm", "torchvision"])
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_what_peers_load_is_the_recipes(jpegs, peer, workers):
     augment = {"randaugment": {"n": 1, "m": 3}, "color_jitter": 0.01, "random_erasing": 0.01, "area": (0.5, 1.0)}
     data = DataConfig.parse(
