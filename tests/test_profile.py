@@ -22,6 +22,7 @@ def test_a_trace_and_the_slowest_kernels(vit, tmp_path):
     table = (profile / "kernels.txt").read_text()
     assert "Self CPU time total" in table
     assert "aten::" in table
+    assert any(event.get("name") == "aten::addmm" for event in events)  # a busy machine may have slower ones
     assert table in said.err
     assert "2 updates profiled" in said.err
 

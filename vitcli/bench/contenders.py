@@ -122,13 +122,14 @@ def _one_batch(recipe: Recipe, runtime: Runtime, name: str, batch: int) -> Itera
 def _loaded(recipe: Recipe, runtime: Runtime, name: str, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The recipe's training images and their targets, mixed; in a peer's name as it loads them itself."""
     data, dataset, device = recipe.data, recipe.data.source.open("train"), runtime.device
+    number = len(dataset.classes)
     chances = (rng.generator(recipe.seed, Stream.MIX, step) for step in count())
     if name in peers.NAMES:
         for images, labels in peer_data.batches(name, data, dataset, batch, device):
-            yield mix(images, targets_of(labels, classes(recipe)), data.augment, next(chances))
+            yield mix(images, targets_of(labels, number), data.augment, next(chances))
     else:
         for made in _train_batches(recipe, dataset, batch, device):
-            yield ready(made, data, classes(recipe), batch, next(chances))
+            yield ready(made, data, number, batch, next(chances))
 
 
 def _train_batches(recipe: Recipe, dataset: Dataset, batch: int, device: torch.device) -> Iterator[Batch]:
