@@ -1,5 +1,6 @@
 """What a runtime puts in place of the model's own parts is the same function."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -69,6 +70,9 @@ print("equal")
 """
 
 
+@pytest.mark.skipif(
+    not hasattr(torch._library.triton, "_is_interpreted_triton_kernel"), reason="this torch wants kernels compiled"
+)
 @pytest.mark.parametrize("script", [GELU, ATTENTION], ids=["gelu", "attention"])
 def test_our_kernels_and_their_gradients_are_torchs(script):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -89,6 +93,37 @@ def test_the_gelu_of_a_matrix_product_is_torchs():
         expected = F.gelu(linear(x), approximate="tanh")
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels as a GPU runs them")
+@pytest.mark.parametrize(("rows", "width", "hidden"), [(70, 24, 300), (5000, 192, 768)])
+def test_the_gelu_trains_as_torchs_does(rows, width, hidden):
+    from vitcli.kernels.gelu import linear_gelu
+
+    linear = nn.Linear(width, hidden).cuda()
+    nn.init.normal_(linear.bias)
+    x = torch.randn(2, rows, width, device="cuda", requires_grad=True)
+    weights = torch.randn(2, rows, hidden, device="cuda")
+    started = runtime.start(RuntimeConfig.parse({"device": "cuda", "precision": "bf16"}))
+    results = []
+    for answer in (lambda: linear_gelu(linear, x), lambda: F.gelu(linear(x), approximate="tanh")):
+        with started.autocast():
+            y = answer()
+        results.append((y, *torch.autograd.grad((y * weights).sum(), (x, linear.weight, linear.bias))))
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+def test_weights_that_stay_in_bf16_answer_the_same(unchecked):
+    started = runtime.start(RuntimeConfig.parse({"device": "cpu", "precision": "bf16", "compile": False}))
+    plain = ViTConfig.parse(TINY | {"stem": {"layers": [1], "width": 32}, "patch": 1}).build(10, (16, 16)).eval()
+    nn.init.normal_(plain.head.weight)
+    frozen = started.frozen(copy.deepcopy(plain))
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad(), started.autocast():
+        assert torch.equal(frozen(images), plain(images))
+    types = {name.rpartition(".")[0].rpartition(".")[2]: p.dtype for name, p in frozen.named_parameters()}
+    assert (types["qkv"], types["head"], types["norm1"]) == (torch.bfloat16, torch.bfloat16, torch.float32)
 
 
 def test_patches_as_rows_are_the_convolution():

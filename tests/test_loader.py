@@ -141,7 +141,7 @@ def test_where_images_are_broken_none_are_kept(damaged):
 
 def test_large_batches_come_in_parts():
     data = DataConfig.parse({"source": "digits", "res": 8, "augment": {"crop": "central_crop"}})
-    size = 2 * CHUNK + 30
+    size = 16 * CHUNK + 5
     apart, together = (batches(data.model_copy(update={"workers": count}), 0, 3, batch=size) for count in (0, 2))
     assert [len(part["labels"]) for part in apart] == [size] * 3
     assert equal(apart, together)

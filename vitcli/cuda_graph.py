@@ -13,7 +13,7 @@ WARM_UP = 3  # calls before the recording, in which compilers and libraries sett
 
 
 class Recorded:
-    """`function(*values)` of tensors of fixed shapes, and of numbers, which it gets as float64 tensors.
+    """`function(*values)` of tensors of fixed shapes, on any device, and of numbers, which it gets as float64 tensors.
 
     All that it computes must follow from its arguments, from tensors that stay where they are, and from torch's
     generator of the device: seed it before a call. Its results, tensors in any nesting, are copies.
@@ -44,7 +44,7 @@ class Recorded:
 
     def _place_for(self, value: Tensor | float) -> Tensor:
         if isinstance(value, Tensor):
-            return torch.empty_like(value)
+            return torch.empty_like(value, device=self._device)
         return torch.empty((), dtype=torch.float64, device=self._device)
 
     def _aside(self, work: Callable[[], Any]) -> Any:

@@ -26,6 +26,8 @@ from vitcli.model.vit import ViT
 from vitcli.onnx.providers import Provider
 from vitcli.runtime import Runtime, RuntimeConfig
 
+DIRECTLY = 2**20  # bytes that go to a GPU in less time than it takes to pin them
+
 
 class Predictor(Protocol):
     """What can answer for images. `classes` are names in the order of the logits.
@@ -73,7 +75,7 @@ class TorchPredictor:
         if training:  # asked first, since to tell all modules takes longer than a GPU needs for an image
             self.model.eval()
         try:
-            return self._compute(put(images, self.runtime.device)).cpu()
+            return self._compute(images).cpu()
         finally:
             if training:
                 self.model.train()
@@ -82,14 +84,18 @@ class TorchPredictor:
         """Where the runtime compiles, all batches are as large as the largest so far, so that few are compiled."""
         if not self.runtime.compile:
             return self._forward(images)
-        if len(images) > self._batch:
-            self._batch, self._recorded = len(images), self.runtime.recorded(self._forward)
-        padding = images[:1].expand(self._batch - len(images), -1, -1, -1)
-        return self._recorded(torch.cat([images, padding]))[: len(images)]
+        count = len(images)
+        if count > self._batch:
+            self._batch, self._recorded = count, self.runtime.recorded(self._forward)
+        if count < self._batch:
+            images = torch.cat([images, images[:1].expand(self._batch - count, -1, -1, -1)])
+        if images.nbytes > DIRECTLY:
+            images = put(images, self.runtime.device)
+        return self._recorded(images)[:count]
 
     def _forward(self, images: Tensor) -> Tensor:
         with torch.no_grad(), self.runtime.autocast():
-            logits = self.model(normalise(images, self.preprocessing)).float()
+            logits = self.model(normalise(put(images, self.runtime.device), self.preprocessing)).float()
         return logits.mean(1) if logits.ndim == 3 else logits
 
 
@@ -129,7 +135,7 @@ def torch_predictor(
     """A trained model, moved to the device, as a predictor: in fp32 the reference, in bf16 compiled on CUDA."""
     compiled = {} if precision == "bf16" else {"compile": False}
     started = runtime.start(RuntimeConfig.parse({"device": device, "precision": precision} | compiled))
-    started.prepare(trained.model)
+    started.frozen(started.prepare(trained.model))
     return TorchPredictor(
         trained.model, trained.classes, trained.preprocessing, started, trained.origin, trained.thresholds
     )

@@ -194,7 +194,7 @@ def _peer_answers(subject: Subject, runtime: Runtime, name: str, batch: int) -> 
 
 
 def _predictor(module: Any, subject: Subject, runtime: Runtime) -> TorchPredictor:
-    return TorchPredictor(module.eval(), (), subject.preprocessing, runtime, subject.name)
+    return TorchPredictor(runtime.frozen(module.eval()), (), subject.preprocessing, runtime, subject.name)
 
 
 def _answers(predictor: Predictor, batch: int) -> Call:

@@ -17,7 +17,8 @@ from vitcli.training.micro_batch import is_out_of_memory
 if TYPE_CHECKING:
     import torch
 
-WARM_UP = 3  # calls before anything is timed: compilation, choice of kernels, first allocations
+WARM_UP = 3  # calls before anything is measured: compilation, choice of kernels, first allocations
+RECORDING = 2  # calls whose memory counts, but not their time: one of them may be recorded as a CUDA graph
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,7 @@ def _ready(contender: Contender, batch: int, device: torch.device, seconds: floa
         import torch
 
         torch.cuda.reset_peak_memory_stats(device)
+    _seconds(call, RECORDING, device)
     some = max(1, contender.before)
     calls = max(1, round(seconds * some / _seconds(call, some, device)))
     speed = batch * calls / _seconds(call, calls, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from vitcli.bench.peers import PeerError
 from vitcli.data import DataConfig
 from vitcli.data.loader import MOST_WORKERS
-from vitcli.data.parallel import METHOD, cores
+from vitcli.data.parallel import METHOD, cores, follow_parent
 from vitcli.data.prefetch import put
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ def _timm(data: DataConfig, files: _Files, batch: int, device: torch.device) -> 
         persistent_workers=workers(data) > 0,
     )
     loader.loader.multiprocessing_context = METHOD if workers(data) else None
+    loader.loader.worker_init_fn = partial(_settle, loader.loader.worker_init_fn)
     return loader
 
 
@@ -128,4 +130,12 @@ def _torchvision(data: DataConfig, files: _Files, batch: int, device: torch.devi
         pin_memory=device.type == "cuda",
         persistent_workers=workers(data) > 0,
         multiprocessing_context=METHOD if workers(data) else None,
+        worker_init_fn=partial(_settle, None),
     )
+
+
+def _settle(usual: Callable[[int], None] | None, worker: int) -> None:
+    """The first act of a loader process, which would else outlive a killed parent."""
+    follow_parent()
+    if usual:
+        usual(worker)

@@ -28,7 +28,7 @@ from vitcli.data.preprocess import prepare
 from vitcli.data.resident import at_once, kept_batches, kept_images
 from vitcli.data.sampling import Positions, epoch_order, turns
 from vitcli.data.sources import Dataset
-from vitcli.data.workers import CHUNK, Part, Sample, load, start_server
+from vitcli.data.workers import Loaded, Sample, load, start_server
 from vitcli.errors import DataError
 from vitcli.rng import Stream
 
@@ -97,37 +97,37 @@ def eval_batches(
     The images are on the `device`, on CUDA ahead of their turn; the labels stay on the CPU. The last batch may be
     smaller. Broken images are left out, never replaced: a batch that lacks some has "bad" too, as in training.
     """
-    sample = partial(_eval_sample, preprocessing, _for_loading(dataset))
     share = range(len(dataset)) if share is None else share
-    positions = (list(share[i : i + batch]) for i in range(0, len(share), batch))
     workers = _workers(workers, _is_easy(dataset, preprocessing.res), len(share), neighbours)
-    return ahead(_scored_batches(dataset, load(sample, preprocessing.res, positions, workers), device), device)
+    return ahead(_scored_batches(preprocessing, dataset, batch, share, workers, device), device)
 
 
 def _scored_batches(
-    dataset: Dataset, parts: Generator[Part, None, None], device: torch.device
+    preprocessing: Preprocessing, dataset: Dataset, batch: int, share: Sequence[int], workers: int, device: torch.device
 ) -> Generator[Batch, None, None]:
-    with closing(parts):
-        for part in parts:
-            batch = _join(dataset, [part], pinned=device.type == "cuda")
-            yield batch | {"images": put(batch["images"], device)}
+    sample = partial(_eval_sample, preprocessing, _for_loading(dataset))
+    places = (list(share[i : i + batch]) for i in range(0, len(share), batch))
+    with closing(load(sample, preprocessing.res, places, workers, pinned=device.type == "cuda")) as loaded:
+        for part in loaded:
+            found = _labelled(part, dataset)
+            yield found | {"images": put(found["images"], device)}
 
 
 def _loaded_batches(
     data: DataConfig, dataset: Dataset, seed: int, order: Iterator[Positions], workers: int, device: torch.device
 ) -> Generator[Batch, None, None]:
-    """Decoded and cropped by loader processes in parts of a batch, then joined and augmented on the device."""
+    """Decoded and cropped by loader processes, then augmented on the device."""
     sample = partial(_training_sample, data, _for_loading(dataset), seed)
     order, asked = tee(order)
-    with closing(load(sample, data.res, _parts(asked), workers)) as loaded:
-        for turn, indices in order:
-            parts = [next(loaded) for _ in range(0, len(indices), CHUNK)]
-            batch = _join(dataset, parts, pinned=device.type == "cuda")
-            if len(batch["labels"]) < len(indices):
-                raise _unreadable(batch["bad"], data)
-            images, labels = put(batch["images"], device), put(batch["labels"], device)
+    pairs = (list(zip(turn.tolist(), indices.tolist(), strict=True)) for turn, indices in asked)
+    with closing(load(sample, data.res, pairs, workers, pinned=device.type == "cuda")) as loaded:
+        for (turn, indices), part in zip(order, loaded, strict=True):
+            found = _labelled(part, dataset)
+            if len(found["labels"]) < len(indices):
+                raise _unreadable(found["bad"], data)
+            images, labels = put(found["images"], device), put(found["labels"], device)
             chance = rng.Generators(seed, Stream.PIXELS, turn, indices)
-            yield batch | {"images": augment(images, data, chance), "labels": labels}
+            yield found | {"images": augment(images, data, chance), "labels": labels}
 
 
 def _unreadable(bad: dict[int, str], data: DataConfig) -> DataError:
@@ -152,13 +152,6 @@ def _order(
             turn = epoch + (turns(order, data.sampling) << 32)
         here = slice(place * batch, (place + 1) * batch)
         yield turn[here][places], order[here][places]
-
-
-def _parts(positions: Iterator[Positions]) -> Iterator[list[tuple[int, int]]]:
-    """(turn, index) of each image, in parts of a batch that a process loads at a time."""
-    for turn, indices in positions:
-        pairs = list(zip(turn.tolist(), indices.tolist(), strict=True))
-        yield from (pairs[i : i + CHUNK] for i in range(0, len(pairs), CHUNK))
 
 
 def _training_sample(data: DataConfig, dataset: Dataset, seed: int, position: tuple[int, int]) -> Sample:
@@ -194,17 +187,11 @@ def _for_loading(dataset: Dataset) -> Dataset:
     return lighter
 
 
-def _join(dataset: Dataset, parts: list[Part], pinned: bool) -> Batch:
-    """Parts as one batch with the labels of its images, `pinned` in memory that a GPU reads by itself."""
-    found = [part["images"] for part in parts]
-    images = found[0]
-    if pinned or len(found) > 1:
-        images = torch.empty((sum(map(len, found)), *images.shape[1:]), dtype=torch.uint8, pin_memory=pinned)
-        torch.cat(found, out=images)
-    indices = torch.cat([part["indices"] for part in parts]).numpy()
-    batch: Batch = {"images": images, "labels": torch.from_numpy(dataset.labels[indices])}
-    bad = {index: str(BadImage(path, reason)) for part in parts for index, path, reason in part["bad"]}
-    return batch | {"bad": bad} if bad else batch
+def _labelled(part: Loaded, dataset: Dataset) -> Batch:
+    """With the labels of its images, and what was broken by index."""
+    found: Batch = {"images": part.images, "labels": torch.from_numpy(dataset.labels[part.indices])}
+    bad = {index: str(BadImage(path, reason)) for index, path, reason in part.bad}
+    return found | {"bad": bad} if bad else found
 
 
 def _is_easy(dataset: Dataset, res: tuple[int, int]) -> bool:

@@ -19,9 +19,10 @@ from vitcli.data.images import BadImage
 from vitcli.data.prefetch import Batch, put
 from vitcli.data.sampling import Positions
 from vitcli.data.sources import Dataset
-from vitcli.data.workers import CHUNK, Sample, load
+from vitcli.data.workers import Sample, load
 from vitcli.rng import Stream
 
+CHUNK = 1024  # images that are taken to the device at a time
 AT_ONCE = 2**24  # bytes of images that are augmented together
 KEPT_BYTES = 2**31  # of a set that is kept on a CUDA device unless the recipe says otherwise
 OTHER_SIZE = "its size is not that of the first image,"
@@ -71,13 +72,13 @@ def kept_images(data: DataConfig, dataset: Dataset, device: torch.device, count:
     chunks = [list(range(i, min(i + CHUNK, len(dataset)))) for i in range(0, len(dataset), CHUNK)]
     with closing(load(partial(_whole_sample, data, dataset, first.shape), size, chunks, workers)) as loaded:
         for chunk, part in zip(chunks, loaded, strict=True):
-            if part["bad"]:
-                _, path, reason = part["bad"][0]
+            if part.bad:
+                _, path, reason = part.bad[0]
                 if data.keep and reason.startswith(OTHER_SIZE):
                     hint = "give all one size with data.augment.resize=[HEIGHT, WIDTH], or leave out data.keep"
                     raise BadImage(path, reason, hint)
                 return None
-            images[chunk[0] : chunk[-1] + 1] = put(part["images"], device)
+            images[chunk[0] : chunk[-1] + 1] = put(part.images, device)
     return images
 
 

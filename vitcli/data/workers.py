@@ -1,75 +1,68 @@
-"""Samples made in other processes, in order.
+"""Batches of samples made in other processes: in order, but each part by whoever is free.
 
-The processes are forked from a server that imports torch once and knows neither the caller's device nor its threads
-(`forkserver`): a fork of the caller itself would copy both in an undefined state. They leave SIGINT and SIGTERM to
-the caller, which decides when to stop, and die with it.
+So a process that the machine slows down holds up no other. The images are written where the caller reads them, in
+memory that both share. The processes are forked from a server that imports torch once and knows neither the caller's
+device nor its threads (`forkserver`): a fork of the caller itself would copy both in an undefined state. They leave
+SIGINT and SIGTERM to the caller, which decides when to stop, and die with it.
 """
 
 from __future__ import annotations
 
 import atexit
-import threading
-import warnings
+import multiprocessing
+import traceback
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from typing import Any, TypedDict
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, get_worker_info
 
 from vitcli.data.parallel import METHOD, follow_parent, start_server_with, uninterrupted
 from vitcli.errors import DataError, UserError
 from vitcli.malloc import keep_freed
 
-HUNG = 600.0  # seconds after which a process that hands over nothing is given up
+HUNG = 600.0  # seconds after which processes that hand over nothing are given up
 
-CHUNK = 256  # images that a process loads at a time: a larger batch comes in parts
+CHUNK = 16  # images that a process is asked for at a time
+ASKED = 3  # chunks that each is asked for, so that it never waits for the next
+LEAD = 8  # chunks of each that may be ahead of the batch that is due
 
-# The image uint8 (3, h, w) or None, its index in the data set, and what was broken: index, path, reason.
-Sample = tuple[Tensor | None, int, list[tuple[int, str, str]]]
+Bad = list[tuple[int, str, str]]  # index, path, reason
+Sample = tuple[Tensor | None, int, Bad]  # the image uint8 (3, h, w) or None, its index, and what was broken
+NONE = -1  # the index of no image
 
 
-class Part(TypedDict):
-    """Samples as a batch; those without an image are only in `bad`."""
+class Loaded(NamedTuple):
+    """Samples as a batch: images uint8 (b, 3, h, w) and their indices. Those without an image are only in `bad`."""
 
     images: Tensor
-    indices: Tensor
-    bad: list[tuple[int, str, str]]
+    indices: np.ndarray
+    bad: Bad
 
 
 def load(
-    sample: Callable[[Any], Sample], res: Sequence[int], positions: Iterable[list[Any]], workers: int
-) -> Generator[Part, None, None]:
-    """`sample` of each position, in parts as `positions` gives them; in this process if `workers` is 0.
+    sample: Callable[[Any], Sample],
+    res: Sequence[int],
+    batches: Iterable[list[Any]],
+    workers: int,
+    pinned: bool = False,
+) -> Generator[Loaded, None, None]:
+    """`sample` of each position of each batch; in this process if `workers` is 0.
 
-    `sample` goes to other processes by pickle. Raises DataError if one of them is killed. Close the iterator.
+    `pinned` images are in memory that a GPU reads by itself. `sample` goes to other processes by pickle. Raises
+    DataError if one of them is killed. Close the iterator.
     """
-    source = _Source(sample, res)
-    if not workers:
-        yield from _whole(map(source.__getitems__, positions))
+    empty = (_Batch(positions, res, pinned) for positions in batches)
+    if workers:
+        yield from _by_others(sample, res, empty, workers)
         return
-    start_server()
-    with warnings.catch_warnings(action="ignore"):  # torch's opinion of the number of workers
-        loader = DataLoader(
-            source,  # pyright: ignore[reportArgumentType] (a map-style data set needs no more than __getitems__)
-            batch_sampler=positions,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=_settle,
-            multiprocessing_context=METHOD,
-            generator=torch.Generator(),  # else it draws from the global one
-        )
-        with uninterrupted():
-            iterator = iter(loader)
-    close = partial(_close, iterator)
-    atexit.register(close)  # before multiprocessing's own, which would wait for the workers
-    try:
-        yield from _whole(_parts(iterator))
-    finally:
-        atexit.unregister(close)
-        close()
+    for batch in empty:
+        batch.parts[0] = _write(sample, batch.images, batch.positions)
+        yield batch.whole()
 
 
 def start_server() -> None:
@@ -77,94 +70,175 @@ def start_server() -> None:
     start_server_with(["vitcli.data.loader"])
 
 
-class _Source:
-    """What a worker holds, as torch's data sets look."""
+class _Batch:
+    """A batch whose chunks come in any order. `parts` tells by the place of its first image what came of each."""
+
+    def __init__(self, positions: list[Any], res: Sequence[int], pinned: bool):
+        self.positions = positions
+        self.images = torch.empty((len(positions), 3, *res), dtype=torch.uint8, pin_memory=pinned)
+        self.parts: dict[int, tuple[list[int], Bad] | Exception] = {}
+
+    def is_whole(self) -> bool:
+        return len(self.parts) * CHUNK >= len(self.positions)
+
+    def whole(self) -> Loaded:
+        """Raises the first mistake."""
+        indices, bad = [], []
+        for _, part in sorted(self.parts.items()):
+            if isinstance(part, Exception):
+                raise part
+            indices += part[0]
+            bad += part[1]
+        found = np.array(indices, dtype=np.int64)
+        there = found != NONE
+        images = self.images if there.all() else self.images[torch.from_numpy(there)]
+        return Loaded(images, found[there], bad)
+
+
+def _write(sample: Callable[[Any], Sample], room: Tensor, positions: list[Any]) -> tuple[list[int], Bad] | Exception:
+    """Put the images of some positions in their places; their indices, and what was broken."""
+    indices, bad = [], []
+    try:
+        for place, position in zip(room, positions, strict=False):
+            image, index, found = sample(position)
+            bad += found
+            indices.append(NONE if image is None else index)
+            if image is not None:
+                place.copy_(image)
+    except UserError as error:
+        return error
+    return indices, bad
+
+
+def _by_others(
+    sample: Callable[[Any], Sample], res: Sequence[int], batches: Iterator[_Batch], workers: int
+) -> Generator[Loaded, None, None]:
+    due: deque[_Batch] = deque()
+    chunks = _chunks(batches, due)
+    ahead = 0  # images that were asked for and not given out
+    with _started(sample, res, workers) as crew:
+        free = deque(list(crew.values()) * ASKED)
+        while True:
+            while free and ahead < LEAD * CHUNK * workers + (len(due[0].positions) if due else 0):
+                chunk = next(chunks, None)
+                if chunk is None:
+                    break
+                ahead += free.popleft().ask(*chunk)
+            if not due:
+                return
+            if due[0].is_whole():
+                batch = due.popleft()
+                ahead -= len(batch.positions)
+                yield batch.whole()
+                continue
+            ready = wait(crew, HUNG)
+            if not ready:
+                raise DataError(
+                    f"the loader processes gave nothing for {HUNG:g} seconds",
+                    "does the disk with the images still answer?",
+                )
+            for link in ready:
+                crew[link].take()
+                free.append(crew[link])
+
+
+def _chunks(batches: Iterator[_Batch], due: deque[_Batch]) -> Iterator[tuple[_Batch, int]]:
+    """The chunks of each batch, by the place of the first image. A batch is `due` from its first chunk on."""
+    for batch in batches:
+        due.append(batch)
+        yield from ((batch, first) for first in range(0, len(batch.positions), CHUNK))
+
+
+class _Worker:
+    """A process and the memory shared with it, in which it has a place for each chunk that it is asked for."""
 
     def __init__(self, sample: Callable[[Any], Sample], res: Sequence[int]):
-        self.sample, self.res = sample, res
+        self.room = _shared(ASKED, CHUNK, 3, *res)
+        self.images = self.room.numpy()
+        self.asked: deque[tuple[int, _Batch, int]] = deque()
+        self.place = 0
+        self.link, theirs = multiprocessing.Pipe()
+        process = multiprocessing.get_context(METHOD).Process
+        self.process = process(target=_serve, args=(sample, self.room, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
 
-    def __getitems__(self, positions: list[Any]) -> Part | UserError:
-        try:
-            samples = [self.sample(position) for position in positions]
-        except UserError as error:  # torch would hand over its traceback as text
-            return error
-        made = [(image, index) for image, index, _ in samples if image is not None]
-        images = torch.empty((len(made), 3, *self.res), dtype=torch.uint8)
-        for to, (image, _) in zip(images, made, strict=True):
-            to.copy_(image)
-        if get_worker_info():
-            images.share_memory_()  # here, where a failure reaches the caller; torch would do it in a thread
-        indices = torch.tensor([index for _, index in made], dtype=torch.int64)
-        return Part(images=images, indices=indices, bad=[bad for *_, found in samples for bad in found])
+    def ask(self, batch: _Batch, first: int) -> int:
+        """For the images from `first` on; how many they are."""
+        positions = batch.positions[first : first + CHUNK]
+        self.asked.append((self.place, batch, first))
+        with _unless_killed():
+            self.link.send((self.place, positions))
+        self.place = (self.place + 1) % ASKED
+        return len(positions)
+
+    def take(self) -> None:
+        """The next of the chunks that were asked for to where it belongs."""
+        with _unless_killed():
+            made = self.link.recv()
+        place, batch, first = self.asked.popleft()
+        to = batch.images.numpy()[first : first + CHUNK]
+        np.copyto(to, self.images[place, : len(to)])  # torch would call all its threads together
+        batch.parts[first] = made
+
+    def end(self) -> None:
+        self.process.kill()  # it holds nothing that another waits for
+        self.process.join()
+        self.link.close()
 
 
-def _whole(parts: Iterable[Part | UserError]) -> Iterator[Part]:
-    """The parts up to the first mistake, which is raised."""
-    for part in parts:
-        if isinstance(part, UserError):
-            raise part
-        yield part
+@contextmanager
+def _started(sample: Callable[[Any], Sample], res: Sequence[int], count: int) -> Iterator[dict[Any, _Worker]]:
+    """So many processes, each by its connection."""
+    start_server()
+    crew: list[_Worker] = []
 
+    def end() -> None:
+        while crew:
+            crew.pop().end()
 
-def _parts(iterator: Any) -> Iterator[Part | UserError]:
-    waited = threading.Event()
+    atexit.register(end)  # before multiprocessing's own, which would wait for them
     try:
+        with uninterrupted():
+            crew.extend(_Worker(sample, res) for _ in range(count))
+        yield {worker.link: worker for worker in crew}
+    finally:
+        atexit.unregister(end)
+        end()
+
+
+def _serve(sample: Callable[[Any], Sample], room: Tensor, link: Connection) -> None:
+    """A process's life."""
+    keep_freed()
+    follow_parent()
+    torch.set_num_threads(1)
+    with suppress(EOFError, ConnectionError):  # the caller is gone
         while True:
-            with _patience(iterator, waited):
-                part = next(iterator, None)
-            if part is None:
-                return
-            yield part
-    except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-        if "No space left on device" in str(error):
-            raise DataError(
-                "the loader processes need more shared memory than /dev/shm has",
-                "enlarge it (docker run --shm-size=8g), or load in one process: --set data.workers=0",
-            ) from error
-        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
+            place, positions = link.recv()
+            try:
+                made = _write(sample, room[place], positions)
+            except Exception:  # of a class that may not travel
+                made = RuntimeError(f"in a loader process:\n{traceback.format_exc()}")
+            link.send(made)
+
+
+def _shared(*shape: int) -> Tensor:
+    try:
+        return torch.empty(shape, dtype=torch.uint8).share_memory_()
+    except RuntimeError as error:
+        if "No space left on device" not in str(error):
             raise
-        if waited.is_set():
-            raise DataError(
-                f"the loader processes gave nothing for {HUNG:g} seconds", "does the disk with the images still answer?"
-            ) from error
-        # Whoever dies while it hands over a part is noticed by the broken connection first.
         raise DataError(
-            "a loader process was killed, perhaps for want of memory", "take fewer: --set data.workers=2, or 0"
+            "the loader processes need more shared memory than /dev/shm has",
+            "enlarge it (docker run --shm-size=8g), or load in one process: --set data.workers=0",
         ) from error
 
 
 @contextmanager
-def _patience(iterator: Any, waited: threading.Event) -> Iterator[None]:
-    """Kill the workers if this takes too long: one that hangs has what this process waits for, without end."""
-
-    def give_up() -> None:
-        waited.set()
-        for process in iterator._workers:
-            process.kill()
-
-    watch = threading.Timer(HUNG, give_up)
-    watch.daemon = True
-    watch.start()
+def _unless_killed() -> Iterator[None]:
     try:
         yield
-    finally:
-        watch.cancel()
-
-
-def _settle(worker: int) -> None:
-    """The first act of a worker."""
-    keep_freed()
-    follow_parent()
-
-
-def _close(iterator: Any) -> None:
-    """End the workers. torch asks them to, then sends SIGTERM, which they ignore; a hung one must be killed."""
-    iterator._shutdown_workers()
-    for process in iterator._workers:
-        if process.is_alive():
-            process.kill()
-            process.join()
-
-
-def _as_it_is(part: Any) -> Any:
-    return part
+    except (EOFError, OSError) as error:
+        raise DataError(
+            "a loader process was killed, perhaps for want of memory", "take fewer: --set data.workers=2, or 0"
+        ) from error
