@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -112,6 +113,23 @@ def test_the_gelu_trains_as_torchs_does(rows, width, hidden):
         results.append((y, *torch.autograd.grad((y * weights).sum(), (x, linear.weight, linear.bias))))
     for found, expected in zip(*results, strict=True):
         assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own, as it compiles
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU other parts are put in place")
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.05)])
+def test_what_a_gpu_compiles_has_the_plain_models_gradients(unchecked, precision, tolerance):
+    started = runtime.start(RuntimeConfig.parse({"device": "cuda", "precision": precision}))
+    plain = ViTConfig.parse(TINY | {"width": 64, "mlp_dim": 128}).build(10, (32, 32)).cuda()
+    nn.init.normal_(plain.head.weight)
+    images, labels = torch.randn(64, 3, 32, 32, device="cuda"), torch.randint(10, (64,), device="cuda")
+    compiled, gradients = started.prepare(copy.deepcopy(plain)), []
+    for model in (compiled, plain):
+        with started.autocast() if model is compiled else nullcontext():
+            loss = F.cross_entropy(model(images).float(), labels)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    for found, expected in zip(*gradients, strict=True):
+        assert (found - expected).norm() < tolerance * expected.norm()
 
 
 def test_weights_that_stay_in_bf16_answer_the_same(unchecked):

@@ -129,6 +129,8 @@ def measure(
         on_stage(f"block {index + 1} of {blocks}: {', '.join(result.name for result, _ in running)}")
         for result, best in running:
             result.batch, result.memory = best.batch, best.memory
+            if best.before:
+                time.sleep(seconds)  # loader processes of the one before go on until they have made enough ready
             _seconds(best.call, best.before, device)
             result.blocks.append(best.batch * best.calls / _seconds(best.call, best.calls, device))
     return [result for result, _ in entered]

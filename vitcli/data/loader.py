@@ -17,6 +17,7 @@ from itertools import tee
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vitcli import rng
 from vitcli.data import DataConfig, Preprocessing
@@ -116,18 +117,27 @@ def _scored_batches(
 def _loaded_batches(
     data: DataConfig, dataset: Dataset, seed: int, order: Iterator[Positions], workers: int, device: torch.device
 ) -> Generator[Batch, None, None]:
-    """Decoded and cropped by loader processes, then augmented on the device."""
-    sample = partial(_training_sample, data, _for_loading(dataset), seed)
+    """Decoded and cropped, and augmented: on a GPU whole batches, else by the loader processes, too."""
+    on_gpu = device.type == "cuda"
+    sample, finish = partial(_training_sample, data, _for_loading(dataset), seed), partial(_augmented, data, seed)
     order, asked = tee(order)
     pairs = (list(zip(turn.tolist(), indices.tolist(), strict=True)) for turn, indices in asked)
-    with closing(load(sample, data.res, pairs, workers, pinned=device.type == "cuda")) as loaded:
+    with closing(load(sample, data.res, pairs, workers, None if on_gpu else finish, pinned=on_gpu)) as loaded:
         for (turn, indices), part in zip(order, loaded, strict=True):
             found = _labelled(part, dataset)
             if len(found["labels"]) < len(indices):
                 raise _unreadable(found["bad"], data)
-            images, labels = put(found["images"], device), put(found["labels"], device)
-            chance = rng.Generators(seed, Stream.PIXELS, turn, indices)
-            yield found | {"images": augment(images, data, chance), "labels": labels}
+            if on_gpu:
+                images = put(found["images"], device)
+                images = augment(images, data, rng.Generators(seed, Stream.PIXELS, turn, indices))
+                found |= {"images": images, "labels": put(found["labels"], device)}
+            yield found
+
+
+def _augmented(data: DataConfig, seed: int, images: Tensor, positions: list[tuple[int, int]]) -> Tensor:
+    """Images (b, 3, h, w) of (turn, index) each."""
+    turn, indices = np.array(positions, dtype=np.int64).T
+    return augment(images, data, rng.Generators(seed, Stream.PIXELS, turn, indices))
 
 
 def _unreadable(bad: dict[int, str], data: DataConfig) -> DataError:

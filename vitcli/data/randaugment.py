@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
-from torch.nn import functional as F
 
 from vitcli.data.prefetch import put
 from vitcli.rng import Generators
@@ -97,8 +96,8 @@ def solarize(images: Images, level: float, chance: np.ndarray) -> Images:
 
 def solarize_add(images: Images, level: float, chance: np.ndarray) -> Images:
     """Add 110 at level 10 to the values below 128."""
-    more = (images.short() + int(level / 10 * 110)).clamp(max=255).to(torch.uint8)
-    return torch.where(images < 128, more, images)
+    more = min(255, int(level / 10 * 110))
+    return torch.where(images < 128, images.clamp(max=255 - more) + more, images)
 
 
 def color(images: Images, level: float, chance: np.ndarray) -> Images:
@@ -119,10 +118,11 @@ def brightness(images: Images, level: float, chance: np.ndarray) -> Images:
 
 def sharpness(images: Images, level: float, chance: np.ndarray) -> Images:
     """From smoothed at level 0 to sharpened at level 10; the outermost pixels stay."""
-    smooth, exact = images.clone(), images.float()
+    smooth, levels = images.clone(), images.short()
     if min(images.shape[-2:]) > 2:
-        sums = F.avg_pool2d(exact, 3, stride=1, divisor_override=1) + 4 * exact[..., 1:-1, 1:-1]
-        smooth[..., 1:-1, 1:-1] = ((2 * sums.int() + 13) // 26).to(torch.uint8)
+        across = levels[..., :-2] + levels[..., 1:-1] + levels[..., 2:]
+        sums = across[..., :-2, :] + across[..., 1:-1, :] + across[..., 2:, :] + 4 * levels[..., 1:-1, 1:-1]
+        smooth[..., 1:-1, 1:-1] = ((2 * sums + 13).float() / 26).to(torch.uint8)
     return blend(smooth, images, _strength(level))
 
 
@@ -207,24 +207,26 @@ def _look_up(images: Images, table: Tensor) -> Images:
 
 def _either_way(images: Images, matrix: Callable[[int], tuple[float, ...]], chance: np.ndarray) -> Images:
     """Each image moved by the matrix of its direction, +1 or -1."""
-    forth = put(torch.from_numpy(chance[:, 0] < 0.5), images.device)[:, None, None, None]
-    return torch.where(forth, _affine(images, matrix(1)), _affine(images, matrix(-1)))
+    height, width = images.shape[-2:]
+    directions = (_source(matrix(sign), height, width, images.device) for sign in (1, -1))
+    index, outside = (torch.stack(both) for both in zip(*directions, strict=True))
+    back = put(torch.from_numpy((chance[:, 0] >= 0.5).astype(np.int64)), images.device)
+    moved = images.flatten(2).gather(2, index[back, None].expand(-1, 3, -1))
+    return moved.masked_fill(outside[back, None], FILL).view_as(images)
 
 
-def _affine(images: Images, matrix: tuple[float, ...]) -> Images:
-    """Pixel (x, y) from the pixel that holds (a x + b y + c, d x + e y + f); grey where there is none.
+def _source(matrix: tuple[float, ...], height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which pixel comes to (x, y): that which holds (a x + b y + c, d x + e y + f); and where there is none.
 
-    In 16.16 fixed point, as PIL computes it.
+    Both (height width). In 16.16 fixed point, as PIL computes it.
     """
     a, b, c, d, e, f = matrix
-    height, width = images.shape[-2:]
-    y, x = (torch.arange(side, device=images.device) for side in (height, width))
+    y, x = (torch.arange(side, device=device) for side in (height, width))
     y = y[:, None]
     from_x = (_fixed(a) * x + _fixed(b) * y + _fixed(c + a * 0.5 + b * 0.5)) >> 16
     from_y = (_fixed(d) * x + _fixed(e) * y + _fixed(f + d * 0.5 + e * 0.5)) >> 16
     outside = (from_x < 0) | (from_x >= width) | (from_y < 0) | (from_y >= height)
-    index = (from_y * width + from_x).masked_fill(outside, 0)
-    return images.flatten(2)[..., index].masked_fill(outside, FILL)
+    return (from_y * width + from_x).masked_fill(outside, 0).flatten(), outside.flatten()
 
 
 def _fixed(number: float) -> int:

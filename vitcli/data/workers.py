@@ -14,6 +14,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -33,7 +34,10 @@ LEAD = 8  # chunks of each that may be ahead of the batch that is due
 
 Bad = list[tuple[int, str, str]]  # index, path, reason
 Sample = tuple[Tensor | None, int, Bad]  # the image uint8 (3, h, w) or None, its index, and what was broken
+Finish = Callable[[Tensor, list[Any]], Tensor]  # images (b, 3, h, w) of some positions, none missing, to the same shape
 NONE = -1  # the index of no image
+Written = tuple[list[int], Bad] | Exception  # indices of images, and what was broken
+Write = Callable[[Tensor, list[Any]], Written]  # into so many places, what is at so many positions
 
 
 class Loaded(NamedTuple):
@@ -49,19 +53,21 @@ def load(
     res: Sequence[int],
     batches: Iterable[list[Any]],
     workers: int,
+    finish: Finish | None = None,
     pinned: bool = False,
 ) -> Generator[Loaded, None, None]:
-    """`sample` of each position of each batch; in this process if `workers` is 0.
+    """`sample` of each position of each batch, then `finish` of several; in this process if `workers` is 0.
 
-    `pinned` images are in memory that a GPU reads by itself. `sample` goes to other processes by pickle. Raises
-    DataError if one of them is killed. Close the iterator.
+    `pinned` images are in memory that a GPU reads by itself. `sample` and `finish` go to other processes by pickle.
+    Raises DataError if one of them is killed. Close the iterator.
     """
     empty = (_Batch(positions, res, pinned) for positions in batches)
+    write = partial(_write, sample, finish)
     if workers:
-        yield from _by_others(sample, res, empty, workers)
+        yield from _by_others(write, res, empty, workers)
         return
     for batch in empty:
-        batch.parts[0] = _write(sample, batch.images, batch.positions)
+        batch.parts[0] = write(batch.images, batch.positions)
         yield batch.whole()
 
 
@@ -76,7 +82,7 @@ class _Batch:
     def __init__(self, positions: list[Any], res: Sequence[int], pinned: bool):
         self.positions = positions
         self.images = torch.empty((len(positions), 3, *res), dtype=torch.uint8, pin_memory=pinned)
-        self.parts: dict[int, tuple[list[int], Bad] | Exception] = {}
+        self.parts: dict[int, Written] = {}
 
     def is_whole(self) -> bool:
         return len(self.parts) * CHUNK >= len(self.positions)
@@ -95,8 +101,8 @@ class _Batch:
         return Loaded(images, found[there], bad)
 
 
-def _write(sample: Callable[[Any], Sample], room: Tensor, positions: list[Any]) -> tuple[list[int], Bad] | Exception:
-    """Put the images of some positions in their places; their indices, and what was broken."""
+def _write(sample: Callable[[Any], Sample], finish: Finish | None, room: Tensor, positions: list[Any]) -> Written:
+    """Put the images of some positions in their places."""
     indices, bad = [], []
     try:
         for place, position in zip(room, positions, strict=False):
@@ -105,18 +111,21 @@ def _write(sample: Callable[[Any], Sample], room: Tensor, positions: list[Any]) 
             indices.append(NONE if image is None else index)
             if image is not None:
                 place.copy_(image)
+        if finish and NONE not in indices:
+            images = room[: len(positions)]
+            images.copy_(finish(images, positions))
     except UserError as error:
         return error
     return indices, bad
 
 
 def _by_others(
-    sample: Callable[[Any], Sample], res: Sequence[int], batches: Iterator[_Batch], workers: int
+    write: Write, res: Sequence[int], batches: Iterator[_Batch], workers: int
 ) -> Generator[Loaded, None, None]:
     due: deque[_Batch] = deque()
     chunks = _chunks(batches, due)
     ahead = 0  # images that were asked for and not given out
-    with _started(sample, res, workers) as crew:
+    with _started(write, res, workers) as crew:
         free = deque(list(crew.values()) * ASKED)
         while True:
             while free and ahead < LEAD * CHUNK * workers + (len(due[0].positions) if due else 0):
@@ -152,14 +161,14 @@ def _chunks(batches: Iterator[_Batch], due: deque[_Batch]) -> Iterator[tuple[_Ba
 class _Worker:
     """A process and the memory shared with it, in which it has a place for each chunk that it is asked for."""
 
-    def __init__(self, sample: Callable[[Any], Sample], res: Sequence[int]):
+    def __init__(self, write: Write, res: Sequence[int]):
         self.room = _shared(ASKED, CHUNK, 3, *res)
         self.images = self.room.numpy()
         self.asked: deque[tuple[int, _Batch, int]] = deque()
         self.place = 0
         self.link, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context(METHOD).Process
-        self.process = process(target=_serve, args=(sample, self.room, theirs), daemon=True)
+        self.process = process(target=_serve, args=(write, self.room, theirs), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -188,7 +197,7 @@ class _Worker:
 
 
 @contextmanager
-def _started(sample: Callable[[Any], Sample], res: Sequence[int], count: int) -> Iterator[dict[Any, _Worker]]:
+def _started(write: Write, res: Sequence[int], count: int) -> Iterator[dict[Any, _Worker]]:
     """So many processes, each by its connection."""
     start_server()
     crew: list[_Worker] = []
@@ -200,14 +209,14 @@ def _started(sample: Callable[[Any], Sample], res: Sequence[int], count: int) ->
     atexit.register(end)  # before multiprocessing's own, which would wait for them
     try:
         with uninterrupted():
-            crew.extend(_Worker(sample, res) for _ in range(count))
+            crew.extend(_Worker(write, res) for _ in range(count))
         yield {worker.link: worker for worker in crew}
     finally:
         atexit.unregister(end)
         end()
 
 
-def _serve(sample: Callable[[Any], Sample], room: Tensor, link: Connection) -> None:
+def _serve(write: Write, room: Tensor, link: Connection) -> None:
     """A process's life."""
     keep_freed()
     follow_parent()
@@ -216,7 +225,7 @@ def _serve(sample: Callable[[Any], Sample], room: Tensor, link: Connection) -> N
         while True:
             place, positions = link.recv()
             try:
-                made = _write(sample, room[place], positions)
+                made = write(room[place], positions)
             except Exception:  # of a class that may not travel
                 made = RuntimeError(f"in a loader process:\n{traceback.format_exc()}")
             link.send(made)
