@@ -114,7 +114,7 @@ def test_labels_do_not_travel_to_loader_processes(monkeypatch):
     dataset = Arrays("blank", np.zeros((300, 8, 8), dtype=np.uint8), [0] * 300, tuple(map(str, range(5000))))
     dataset.labels = labels
     sent = []
-    monkeypatch.setattr(loader, "load", lambda sample, *_: sent.append(sample) or (part for part in ()))
+    monkeypatch.setattr(loader, "load", lambda sample, *_, **__: sent.append(sample) or (part for part in ()))
     list(eval_batches(Preprocessing.parse({"res": 8}), dataset, batch=100))
     assert len(ForkingPickler.dumps(sent[0])) < labels.nbytes / 10
     assert dataset.labels is labels
