@@ -5,6 +5,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from PIL import Image
 from vitcli.data import DataConfig
 from vitcli.data.images import BadImage
 from vitcli.data.loader import eval_batches, train_batches
-from vitcli.data.workers import CHUNK
+from vitcli.data.workers import CHUNK, load
 from vitcli.errors import DataError
 
 AUGMENT = {"randaugment": {"n": 2, "m": 10}, "color_jitter": 0.2, "random_erasing": 0.3}
@@ -145,6 +147,21 @@ def test_large_batches_come_in_parts():
     apart, together = (batches(data.model_copy(update={"workers": count}), 0, 3, batch=size) for count in (0, 2))
     assert [len(part["labels"]) for part in apart] == [size] * 3
     assert equal(apart, together)
+
+
+def number_as_image(folder, number):
+    """Number 0 waits for number 200, which other processes come to, if they are asked for what it holds up."""
+    (folder / str(number)).touch()
+    while number == 0 and not (folder / "200").exists():
+        time.sleep(0.01)
+    return torch.full((3, 2, 2), number % 256, dtype=torch.uint8), number, []
+
+
+def test_a_process_that_is_held_up_delays_no_other(tmp_path):
+    batches = [list(range(first, first + 100)) for first in (0, 100, 200)]
+    found = list(load(partial(number_as_image, tmp_path), (2, 2), batches, workers=2))
+    assert [part.indices.tolist() for part in found] == batches
+    assert [part.images[:, 0, 0, 0].tolist() for part in found] == [[n % 256 for n in batch] for batch in batches]
 
 
 def test_no_global_generator_is_used(folder):

@@ -247,7 +247,7 @@ def test_a_config_that_does_not_fit(tmp_path, config, message):
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
 def test_openais_own_files_are_programs_and_the_hint_says_what_to_do(tmp_path):
     program, saved = tmp_path / "ViT-B-32.pt", tmp_path / "saved.pt"
     torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(program)

@@ -169,12 +169,18 @@ def normal(std: float, *shape: int) -> nn.Parameter:
     return nn.Parameter(nn.init.normal_(torch.empty(shape), std=std))
 
 
+# The steps of nn.init.trunc_normal_.
+TRUNCATED = (Tensor.uniform_, Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_)
+
+
 class _Undrawn(TorchFunctionMode):
     """Leaves new parameters as they are."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is nn.init.normal_:
             return (kwargs or {})["tensor"]
+        if func in TRUNCATED:
+            return args[0]
         return func(*args, **(kwargs or {}))
 
 

@@ -41,7 +41,8 @@ def profiled(folder: Path, updates: int, device: torch.device, tell: Callable[[s
 
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (kind == "cuda")
     plan = schedule(skip_first=WARMUP - 1, wait=0, warmup=1, active=updates, repeat=1)
-    with profile(activities=kinds, schedule=plan, on_trace_ready=write) as profiler:
+    # There is one cycle, whose events need not be kept beyond it; torch warns of those that are not.
+    with profile(activities=kinds, schedule=plan, on_trace_ready=write, acc_events=True) as profiler:
         yield profiler.step
     if not written:
         tell(f"warning: nothing was profiled: --profile {updates} begins after {WARMUP} updates")
