@@ -120,17 +120,15 @@ def _loaded_batches(
     """Decoded and cropped, and augmented: on a GPU whole batches, else by the loader processes, too."""
     on_gpu = device.type == "cuda"
     sample, finish = partial(_training_sample, data, _for_loading(dataset), seed), partial(_augmented, data, seed)
-    order, asked = tee(order)
-    pairs = (list(zip(turn.tolist(), indices.tolist(), strict=True)) for turn, indices in asked)
-    with closing(load(sample, data.res, pairs, workers, None if on_gpu else finish, pinned=on_gpu)) as loaded:
-        for (turn, indices), part in zip(order, loaded, strict=True):
+    positions, asked = tee(list(zip(turn.tolist(), index.tolist(), strict=True)) for turn, index in order)
+    with closing(load(sample, data.res, asked, workers, None if on_gpu else finish, pinned=on_gpu)) as loaded:
+        for expected, part in zip(positions, loaded, strict=True):
             found = _labelled(part, dataset)
-            if len(found["labels"]) < len(indices):
+            if len(found["labels"]) < len(expected):
                 raise _unreadable(found["bad"], data)
             if on_gpu:
-                images = put(found["images"], device)
-                images = augment(images, data, rng.Generators(seed, Stream.PIXELS, turn, indices))
-                found |= {"images": images, "labels": put(found["labels"], device)}
+                images, labels = put(found["images"], device), put(found["labels"], device)
+                found |= {"images": finish(images, expected), "labels": labels}
             yield found
 
 

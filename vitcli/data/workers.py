@@ -36,7 +36,7 @@ Bad = list[tuple[int, str, str]]  # index, path, reason
 Sample = tuple[Tensor | None, int, Bad]  # the image uint8 (3, h, w) or None, its index, and what was broken
 Finish = Callable[[Tensor, list[Any]], Tensor]  # images (b, 3, h, w) of some positions, none missing, to the same shape
 NONE = -1  # the index of no image
-Written = tuple[list[int], Bad] | Exception  # indices of images, and what was broken
+Written = tuple[list[int], Bad]  # indices of images, and what was broken
 Write = Callable[[Tensor, list[Any]], Written]  # into so many places, what is at so many positions
 
 
@@ -82,7 +82,7 @@ class _Batch:
     def __init__(self, positions: list[Any], res: Sequence[int], pinned: bool):
         self.positions = positions
         self.images = torch.empty((len(positions), 3, *res), dtype=torch.uint8, pin_memory=pinned)
-        self.parts: dict[int, Written] = {}
+        self.parts: dict[int, Written | Exception] = {}
 
     def is_whole(self) -> bool:
         return len(self.parts) * CHUNK >= len(self.positions)
@@ -104,18 +104,15 @@ class _Batch:
 def _write(sample: Callable[[Any], Sample], finish: Finish | None, room: Tensor, positions: list[Any]) -> Written:
     """Put the images of some positions in their places."""
     indices, bad = [], []
-    try:
-        for place, position in zip(room, positions, strict=False):
-            image, index, found = sample(position)
-            bad += found
-            indices.append(NONE if image is None else index)
-            if image is not None:
-                place.copy_(image)
-        if finish and NONE not in indices:
-            images = room[: len(positions)]
-            images.copy_(finish(images, positions))
-    except UserError as error:
-        return error
+    for place, position in zip(room, positions, strict=False):
+        image, index, found = sample(position)
+        bad += found
+        indices.append(NONE if image is None else index)
+        if image is not None:
+            place.copy_(image)
+    if finish and NONE not in indices:
+        images = room[: len(positions)]
+        images.copy_(finish(images, positions))
     return indices, bad
 
 
@@ -162,13 +159,13 @@ class _Worker:
     """A process and the memory shared with it, in which it has a place for each chunk that it is asked for."""
 
     def __init__(self, write: Write, res: Sequence[int]):
-        self.room = _shared(ASKED, CHUNK, 3, *res)
-        self.images = self.room.numpy()
+        room = _shared(ASKED, CHUNK, 3, *res)
+        self.images = room.numpy()
         self.asked: deque[tuple[int, _Batch, int]] = deque()
         self.place = 0
         self.link, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context(METHOD).Process
-        self.process = process(target=_serve, args=(write, self.room, theirs), daemon=True)
+        self.process = process(target=_serve, args=(write, room, theirs), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -226,6 +223,8 @@ def _serve(write: Write, room: Tensor, link: Connection) -> None:
             place, positions = link.recv()
             try:
                 made = write(room[place], positions)
+            except UserError as error:
+                made = error
             except Exception:  # of a class that may not travel
                 made = RuntimeError(f"in a loader process:\n{traceback.format_exc()}")
             link.send(made)
