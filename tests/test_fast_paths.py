@@ -70,11 +70,58 @@ for batch, tokens, width, heads in ((1, 197, 64, 2), (2, 50, 64, 1), (1, 7, 32, 
 print("equal")
 """
 
+NORM = """
+import copy
+import torch
+from torch import nn
+from vitcli.fast_paths import _join
+from vitcli.kernels.norm import add_norm
+from vitcli.model import ViTConfig
+
+TINY = {"width": 32, "depth": 2, "mlp_dim": 64, "heads": 2, "patch": 4}
+
+def plain(norm, bias, x, branch):
+    total = x + branch + bias
+    return total, norm(total)
+
+def results(way, norm, bias, x, branch, weights):
+    answers = way(norm, bias, x, branch)
+    loss = sum((answer * weight).sum() for answer, weight in zip(answers, weights))
+    return *answers, *torch.autograd.grad(loss, (x, branch, bias, norm.weight, norm.bias))
+
+torch.manual_seed(0)
+for rows, width in ((5, 24), (2300, 40)):
+    norm, bias = nn.LayerNorm(width, 1e-6), torch.randn(width, requires_grad=True)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    x, branch, *weights = (torch.randn(2, rows, width) for _ in range(4))
+    given = [bias, x.requires_grad_(), branch.requires_grad_()]
+    found = results(add_norm, norm, *given, weights)
+    double = [value.detach().double().requires_grad_() for value in given]
+    exact = results(plain, copy.deepcopy(norm).double(), *double, [weight.double() for weight in weights])
+    for ours, right in zip(found, exact, strict=True):
+        assert (ours - right).norm() < 2e-6 * right.norm(), ((ours - right).norm() / right.norm()).item()
+
+def gradients(model, images):
+    loss = (model(images) * torch.arange(10)).sum()
+    return loss, *torch.autograd.grad(loss, list(model.parameters()))
+
+model = ViTConfig.parse(TINY).build(10, (8, 8))
+for parameter in model.parameters():
+    nn.init.normal_(parameter, std=0.3)
+joined, images = copy.deepcopy(model), torch.randn(3, 3, 8, 8)
+for block in joined.blocks:
+    _join(block)
+    assert "between" in vars(block)
+for ours, right in zip(gradients(joined, images), gradients(model, images), strict=True):
+    torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-4 * right.abs().max().item())
+print("equal")
+"""
+
 
 @pytest.mark.skipif(
     not hasattr(torch._library.triton, "_is_interpreted_triton_kernel"), reason="this torch wants kernels compiled"
 )
-@pytest.mark.parametrize("script", [GELU, ATTENTION], ids=["gelu", "attention"])
+@pytest.mark.parametrize("script", [GELU, ATTENTION, NORM], ids=["gelu", "attention", "norm"])
 def test_our_kernels_and_their_gradients_are_torchs(script):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", script]
@@ -115,7 +162,18 @@ def test_the_gelu_trains_as_torchs_does(rows, width, hidden):
         assert (found - expected).norm() < 0.01 * expected.norm()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own, as it compiles
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="cuBLASLt's algorithms as a GPU runs them")
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(5000, 192, 768), (37 * 197, 768, 3072), (333, 40, 24)])
+def test_the_chosen_products_have_torchs_bits(rows, inner, columns):
+    from vitcli.kernels.products import product
+
+    a, b = (torch.randn(*shape, dtype=torch.bfloat16, device="cuda") for shape in ((rows, inner), (inner, columns)))
+    for _ in range(2):  # as they are tried, and as they are chosen
+        assert torch.equal(product(a, b, False), a @ b)
+        assert torch.equal(product(a, b.t().contiguous(), True), a @ b.t().contiguous().t())
+
+
+@pytest.mark.filterwarnings("default")  # the compiler has its own, which differ by version
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU other parts are put in place")
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.05)])
 def test_what_a_gpu_compiles_has_the_plain_models_gradients(unchecked, precision, tolerance):

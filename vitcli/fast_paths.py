@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from vitcli.model.attention import Attention, AttentionPool, explicit_attention, fused_attention
 from vitcli.model.feedforward import FeedForward
 from vitcli.model.stem import PatchEmbed, project_as_rows
-from vitcli.model.vit import ViT
+from vitcli.model.vit import Block, ViT
 
 if TYPE_CHECKING:
     from vitcli.runtime import Runtime
@@ -35,7 +35,7 @@ def put_in_place(module: nn.Module, runtime: Runtime) -> None:
         for block in blocks:
             block.forward = _checkpointed(block.forward)
     if runtime.compile and runtime.device.type == "cuda":
-        _fuse(module)
+        _fuse(module, join=runtime.precision == runtime.residual == "bf16")
     if runtime.compile:
         # A block is a graph of its own: DistributedDataParallel need not have it cut where its messages end.
         torch._dynamo.config.optimize_ddp = False
@@ -43,17 +43,39 @@ def put_in_place(module: nn.Module, runtime: Runtime) -> None:
             block.compile()
 
 
-def _fuse(module: nn.Module) -> None:
+def _fuse(module: nn.Module, join: bool) -> None:
     """Our kernels in place of what a compiler leaves apart, and what comes before the blocks compiled, too."""
     from vitcli.kernels.gelu import linear_gelu
+    from vitcli.kernels.products import biased
 
     for part in module.modules():
+        if isinstance(part, Attention):
+            part.out = partial(biased, part.proj)
+        if isinstance(part, FeedForward):
+            part.out = partial(biased, part.fc2)
         if isinstance(part, FeedForward) and getattr(part.activation, "approximate", "") == "tanh":
             part.hidden = partial(linear_gelu, part.fc1)
         if isinstance(part, PatchEmbed):
             part.project = partial(project_as_rows, part.proj)
         if isinstance(part, ViT) and not part.config.stem:
             part.embed = torch.compile(part.embed)
+    for part in module.modules():
+        if isinstance(part, Block) and join:
+            _join(part)
+
+
+def _join(block: Block) -> None:
+    """In training, have the first addition and the norm that follows computed by one kernel, if nothing is between."""
+    from vitcli.kernels.norm import add_norm
+    from vitcli.kernels.products import unbiased
+
+    usual, attention, norm = block.between, block.attn, block.norm2
+
+    def between(x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        return add_norm(norm, attention.proj.bias, x, branch) if torch.is_grad_enabled() else usual(x, branch)
+
+    if isinstance(block.ls1, nn.Identity) and not block.drop_path.active and not attention.dropout.p:
+        attention.out, block.between = partial(unbiased, attention.proj), between
 
 
 def _pack(attention: Attention) -> None:

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 from torch.library import triton_op, wrap_triton
-from torch.nn import functional as F
+
+from vitcli.kernels import products
 
 # pyright: reportArgumentType=false
 
@@ -27,8 +28,7 @@ def self_attention(qkv: nn.Linear, x: Tensor, heads: int) -> Tensor:
 
     In bfloat16 or float16; products of float32 would be rounded to TF32.
     """
-    # Of the bias _SelfAttention knows the gradient.
-    return _SelfAttention.apply(F.linear(x, qkv.weight, qkv.bias.detach()), qkv.bias, heads)
+    return _SelfAttention.apply(products.linear(x, qkv.weight, qkv.bias), qkv.bias, heads)
 
 
 class _SelfAttention(torch.autograd.Function):

@@ -58,7 +58,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n d"], first: int | None = None) -> Float[Tensor, "b m d"]:
         """All tokens, or only the `first` ones, which attend to all."""
-        return self.dropout(self.proj(self.mix(x, first)))
+        return self.dropout(self.out(self.mix(x, first)))
 
     def mix(self, x: Float[Tensor, "b n d"], first: int | None) -> Float[Tensor, "b m d"]:
         """The heads' answers side by side, which a runtime may compute by one kernel."""
@@ -72,6 +72,10 @@ class Attention(nn.Module):
         q, k, v = (split_heads(part, self.heads) for part in parts)
         out = self.attend(self.q_norm(q), self.k_norm(k), v, self.attention_dropout if self.training else 0.0)
         return join_heads(out)
+
+    def out(self, x: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
+        """The last layer, whose product a runtime may compute otherwise."""
+        return self.proj(x)
 
 
 class AttentionPool(nn.Module):

@@ -48,8 +48,12 @@ class FeedForward(nn.Module):
             nn.init.normal_(linear.bias, std=1e-6)
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        return self.dropout(self.fc2(self.dropout(self.hidden(x))))
+        return self.dropout(self.out(self.dropout(self.hidden(x))))
 
     def hidden(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b h"]:
         """The first layer and the activation, which a runtime may replace by one kernel."""
         return self.activation(self.fc1(x))
+
+    def out(self, x: Float[Tensor, "*b h"]) -> Float[Tensor, "*b d"]:
+        """The second layer, whose product a runtime may compute otherwise."""
+        return self.fc2(x)

@@ -132,8 +132,15 @@ class Block(nn.Module):
     def forward(self, x: Float[Tensor, "b n d"], first: int | None = None) -> Float[Tensor, "b m d"]:
         """All tokens, or only the `first` ones, which have attended to all."""
         kept = x if first is None else x[:, :first]
-        x = kept + self.drop_path(self.ls1(self.attn(self.norm1(x), first)))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        x, normed = self.between(kept, self.attn(self.norm1(x), first))
+        return x + self.drop_path(self.ls2(self.mlp(normed)))
+
+    def between(
+        self, x: Float[Tensor, "b m d"], branch: Float[Tensor, "b m d"]
+    ) -> tuple[Float[Tensor, "b m d"], Float[Tensor, "b m d"]]:
+        """x + branch and its norm, which a runtime may compute by one kernel."""
+        x = x + self.drop_path(self.ls1(branch))
+        return x, self.norm2(x)
 
 
 class LayerScale(nn.Module):
