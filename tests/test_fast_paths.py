@@ -75,6 +75,7 @@ import copy
 import torch
 from torch import nn
 from vitcli.fast_paths import _join
+from vitcli.kernels import norm as module
 from vitcli.kernels.norm import add_norm
 from vitcli.model import ViTConfig
 
@@ -89,8 +90,9 @@ def results(way, norm, bias, x, branch, weights):
     loss = sum((answer * weight).sum() for answer, weight in zip(answers, weights))
     return *answers, *torch.autograd.grad(loss, (x, branch, bias, norm.weight, norm.bias))
 
+module.PROGRAMS, module.CHUNKS = 30, 20  # each is interpreted
 torch.manual_seed(0)
-for rows, width in ((5, 24), (2300, 40)):
+for rows, width in ((5, 24), (300, 40), (41, 600)):
     norm, bias = nn.LayerNorm(width, 1e-6), torch.randn(width, requires_grad=True)
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
     x, branch, *weights = (torch.randn(2, rows, width) for _ in range(4))
