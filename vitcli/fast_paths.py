@@ -59,8 +59,8 @@ def _fuse(module: nn.Module, join: bool) -> None:
             part.project = partial(project_as_rows, part.proj)
         if isinstance(part, ViT) and not part.config.stem:
             part.embed = torch.compile(part.embed)
-    for part in module.modules():
-        if isinstance(part, Block) and join:
+    for part in module.modules() if join else ():  # once its parts are as they would be without
+        if isinstance(part, Block):
             _join(part)
 
 
