@@ -81,22 +81,22 @@ from vitcli.model import ViTConfig
 
 TINY = {"width": 32, "depth": 2, "mlp_dim": 64, "heads": 2, "patch": 4}
 
-def plain(norm, bias, x, branch):
+def plain(norm, bias, later, x, branch):
     total = x + branch + bias
-    return total, norm(total)
+    return total + later, norm(total)
 
-def results(way, norm, bias, x, branch, weights):
-    answers = way(norm, bias, x, branch)
+def results(way, norm, bias, later, x, branch, weights):
+    answers = way(norm, bias, later, x, branch)
     loss = sum((answer * weight).sum() for answer, weight in zip(answers, weights))
-    return *answers, *torch.autograd.grad(loss, (x, branch, bias, norm.weight, norm.bias))
+    return *answers, *torch.autograd.grad(loss, (x, branch, bias, later, norm.weight, norm.bias))
 
 module.PROGRAMS, module.CHUNKS = 30, 20  # each is interpreted
 torch.manual_seed(0)
 for rows, width in ((5, 24), (300, 40), (41, 600)):
-    norm, bias = nn.LayerNorm(width, 1e-6), torch.randn(width, requires_grad=True)
+    norm = nn.LayerNorm(width, 1e-6)
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
     x, branch, *weights = (torch.randn(2, rows, width) for _ in range(4))
-    given = [bias, x.requires_grad_(), branch.requires_grad_()]
+    given = [value.requires_grad_() for value in (torch.randn(width), torch.randn(width), x, branch)]
     found = results(add_norm, norm, *given, weights)
     double = [value.detach().double().requires_grad_() for value in given]
     exact = results(plain, copy.deepcopy(norm).double(), *double, [weight.double() for weight in weights])

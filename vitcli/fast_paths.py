@@ -65,17 +65,22 @@ def _fuse(module: nn.Module, join: bool) -> None:
 
 
 def _join(block: Block) -> None:
-    """In training, have the first addition and the norm that follows computed by one kernel, if nothing is between."""
+    """In training, have the first addition, the norm that follows and the biases of both branches in one kernel.
+
+    Only if nothing comes between a branch and its addition.
+    """
     from vitcli.kernels.norm import add_norm
     from vitcli.kernels.products import unbiased
 
-    usual, attention, norm = block.between, block.attn, block.norm2
+    usual, norm, attention, mlp = block.between, block.norm2, block.attn, block.mlp
+    first, second = attention.proj, mlp.fc2
 
     def between(x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-        return add_norm(norm, attention.proj.bias, x, branch) if torch.is_grad_enabled() else usual(x, branch)
+        return add_norm(norm, first.bias, second.bias, x, branch) if torch.is_grad_enabled() else usual(x, branch)
 
-    if isinstance(block.ls1, nn.Identity) and not block.drop_path.active and not attention.dropout.p:
-        attention.out, block.between = partial(unbiased, attention.proj), between
+    scaled = not (isinstance(block.ls1, nn.Identity) and isinstance(block.ls2, nn.Identity))
+    if not (scaled or block.drop_path.active or attention.dropout.p or mlp.dropout.p):
+        attention.out, mlp.out, block.between = partial(unbiased, first), partial(unbiased, second), between
 
 
 def _pack(attention: Attention) -> None:
