@@ -1,14 +1,12 @@
 """What a runtime puts in place of the model's own parts is the same function."""
 
 import copy
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
+from interpreter import interpreted, prints_equal
 from torch import nn
 from torch.nn import functional as F
 
@@ -24,7 +22,6 @@ from vitcli.runtime import RuntimeConfig
 
 TINY = {"width": 32, "depth": 2, "mlp_dim": 64, "heads": 2, "patch": 4}
 
-# Triton's interpreter, which must be chosen before Triton is loaded, runs its kernels without a GPU.
 GELU = """
 import torch
 from torch import nn
@@ -120,15 +117,10 @@ print("equal")
 """
 
 
-@pytest.mark.skipif(
-    not hasattr(torch._library.triton, "_is_interpreted_triton_kernel"), reason="this torch wants kernels compiled"
-)
+@interpreted
 @pytest.mark.parametrize("script", [GELU, ATTENTION, NORM], ids=["gelu", "attention", "norm"])
 def test_our_kernels_and_their_gradients_are_torchs(script):
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.stdout == "equal\n", done.stderr
+    assert prints_equal(script)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU torch's fused activation is GELU's exact form")

@@ -15,9 +15,10 @@ from command import gone, until
 from PIL import Image
 
 from vitcli.data import DataConfig
+from vitcli.data.handover import CHUNK, Ready
 from vitcli.data.images import BadImage
 from vitcli.data.loader import eval_batches, train_batches
-from vitcli.data.workers import CHUNK, load
+from vitcli.data.workers import load
 from vitcli.errors import DataError
 
 AUGMENT = {"randaugment": {"n": 2, "m": 10}, "color_jitter": 0.2, "random_erasing": 0.3}
@@ -159,7 +160,7 @@ def number_as_image(folder, number):
 
 def test_a_process_that_is_held_up_delays_no_other(tmp_path):
     batches = [list(range(first, first + 100)) for first in (0, 100, 200)]
-    found = list(load(partial(number_as_image, tmp_path), (2, 2), batches, workers=2))
+    found = list(load(partial(number_as_image, tmp_path), Ready((2, 2)), batches, workers=2))
     assert [part.indices.tolist() for part in found] == batches
     assert [part.images[:, 0, 0, 0].tolist() for part in found] == [[n % 256 for n in batch] for batch in batches]
 

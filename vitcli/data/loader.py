@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from copy import copy
 from functools import partial
@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitcli import rng
-from vitcli.data import DataConfig, Preprocessing
+from vitcli import kernels, rng
+from vitcli.data import DataConfig, Preprocessing, resampling
 from vitcli.data.augment import augment, crop
+from vitcli.data.handover import Deferred, Ready
 from vitcli.data.images import BadImage
 from vitcli.data.parallel import cores
 from vitcli.data.prefetch import AHEAD, Batch, ahead, put
@@ -100,15 +101,22 @@ def eval_batches(
     """
     share = range(len(dataset)) if share is None else share
     workers = _workers(workers, _is_easy(dataset, preprocessing.res), len(share), neighbours)
+    if workers:
+        start_server()
     return ahead(_scored_batches(preprocessing, dataset, batch, share, workers, device), device)
 
 
 def _scored_batches(
     preprocessing: Preprocessing, dataset: Dataset, batch: int, share: Sequence[int], workers: int, device: torch.device
 ) -> Generator[Batch, None, None]:
-    sample = partial(_eval_sample, preprocessing, _for_loading(dataset))
+    """Prepared by the processes that load them; on a GPU, where there are others, resized there to the same levels."""
+    on_gpu = device.type == "cuda"
+    deferred = workers > 0 and resampling.is_known(preprocessing) and kernels.can_be_built(device)
+    made = _decoded if deferred else partial(_prepared, preprocessing)
+    sample = partial(_eval_sample, made, _for_loading(dataset))
+    handover = Deferred(preprocessing, device) if deferred else Ready(preprocessing.res, pinned=on_gpu)
     places = (list(share[i : i + batch]) for i in range(0, len(share), batch))
-    with closing(load(sample, preprocessing.res, places, workers, pinned=device.type == "cuda")) as loaded:
+    with closing(load(sample, handover, places, workers)) as loaded:
         for part in loaded:
             found = _labelled(part, dataset)
             yield found | {"images": put(found["images"], device)}
@@ -121,7 +129,8 @@ def _loaded_batches(
     on_gpu = device.type == "cuda"
     sample, finish = partial(_training_sample, data, _for_loading(dataset), seed), partial(_augmented, data, seed)
     positions, asked = tee(list(zip(turn.tolist(), index.tolist(), strict=True)) for turn, index in order)
-    with closing(load(sample, data.res, asked, workers, None if on_gpu else finish, pinned=on_gpu)) as loaded:
+    handover = Ready(data.res, pinned=on_gpu)
+    with closing(load(sample, handover, asked, workers, None if on_gpu else finish)) as loaded:
         for expected, part in zip(positions, loaded, strict=True):
             found = _labelled(part, dataset)
             if len(found["labels"]) < len(expected):
@@ -179,11 +188,19 @@ def _training_sample(data: DataConfig, dataset: Dataset, seed: int, position: tu
     return None, index, bad
 
 
-def _eval_sample(preprocessing: Preprocessing, dataset: Dataset, index: int) -> Sample:
+def _eval_sample(made: Callable[[Dataset, int], Tensor], dataset: Dataset, index: int) -> Sample:
     try:
-        return prepare(dataset.image(index), preprocessing), index, []
+        return made(dataset, index), index, []
     except BadImage as error:
         return None, index, [(index, error.path, error.reason)]
+
+
+def _decoded(dataset: Dataset, index: int) -> Tensor:
+    return dataset.pixels(index)
+
+
+def _prepared(preprocessing: Preprocessing, dataset: Dataset, index: int) -> Tensor:
+    return prepare(dataset.image(index), preprocessing)
 
 
 def _for_loading(dataset: Dataset) -> Dataset:

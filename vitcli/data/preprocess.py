@@ -20,12 +20,19 @@ def prepare(image: Image.Image, p: Preprocessing) -> Tensor:
 
     Equal to torchvision's Resize(p.resize) and CenterCrop(p.res), rounding included.
     """
-    if p.resize is None:
-        return pixels(resize(image, p.res, p.interpolation, p.antialias))
-    image = resize(image, shorter_side(image.size, p.resize), p.interpolation, p.antialias)
-    (height, width), (columns, rows) = p.res, image.size
-    top, left = round((rows - height) / 2), round((columns - width) / 2)
+    size, (top, left) = central_crop((image.height, image.width), p)
+    image = resize(image, size, p.interpolation, p.antialias)
+    height, width = p.res
     return pixels(image.crop((left, top, left + width, top + height)))
+
+
+def central_crop(size: tuple[int, int], p: Preprocessing) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The (height, width) that an image of such a size is resized to, and the (top, left) of what is kept of it."""
+    if p.resize is None:
+        return p.res, (0, 0)
+    height, width = size
+    rows, columns = shorter_side((width, height), p.resize)
+    return (rows, columns), (round((rows - p.res[0]) / 2), round((columns - p.res[1]) / 2))
 
 
 def normalise(images: Tensor, p: Preprocessing) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from vitcli import rng
 from vitcli.data import DataConfig
 from vitcli.data.augment import augment, before_crop, random_crops
+from vitcli.data.handover import Ready
 from vitcli.data.images import BadImage
 from vitcli.data.prefetch import Batch, put
 from vitcli.data.sampling import Positions
@@ -65,12 +66,14 @@ def kept_images(data: DataConfig, dataset: Dataset, device: torch.device, count:
     first, *_ = _whole_sample(data, dataset, None, 0)
     if first is None:
         return None
-    _, *size = first.shape
-    if data.keep is None and (count <= len(dataset) or not is_small(len(dataset), size)):
+    _, height, width = first.shape
+    if data.keep is None and (count <= len(dataset) or not is_small(len(dataset), (height, width))):
         return None
-    images = torch.empty((len(dataset), 3, *size), dtype=torch.uint8, device=device)
+    images = torch.empty((len(dataset), 3, height, width), dtype=torch.uint8, device=device)
     chunks = [list(range(i, min(i + CHUNK, len(dataset)))) for i in range(0, len(dataset), CHUNK)]
-    with closing(load(partial(_whole_sample, data, dataset, first.shape), size, chunks, workers)) as loaded:
+    with closing(
+        load(partial(_whole_sample, data, dataset, first.shape), Ready((height, width)), chunks, workers)
+    ) as loaded:
         for chunk, part in zip(chunks, loaded, strict=True):
             if part.bad:
                 _, path, reason = part.bad[0]

@@ -12,7 +12,7 @@ import atexit
 import multiprocessing
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitcli.data.handover import CHUNK, Handover
 from vitcli.data.parallel import METHOD, follow_parent, start_server_with, uninterrupted
 from vitcli.errors import DataError, UserError
 from vitcli.malloc import keep_freed
 
 HUNG = 600.0  # seconds after which processes that hand over nothing are given up
 
-CHUNK = 16  # images that a process is asked for at a time
 ASKED = 3  # chunks that each is asked for, so that it never waits for the next
 LEAD = 8  # chunks of each that may be ahead of the batch that is due
 
@@ -50,21 +50,21 @@ class Loaded(NamedTuple):
 
 def load(
     sample: Callable[[Any], Sample],
-    res: Sequence[int],
+    handover: Handover,
     batches: Iterable[list[Any]],
     workers: int,
     finish: Finish | None = None,
-    pinned: bool = False,
 ) -> Generator[Loaded, None, None]:
-    """`sample` of each position of each batch, then `finish` of several; in this process if `workers` is 0.
+    """`sample` of each position of each batch, then `finish` of several.
 
-    `pinned` images are in memory that a GPU reads by itself. `sample` and `finish` go to other processes by pickle.
-    Raises DataError if one of them is killed. Close the iterator.
+    They go to other processes by pickle; if `workers` is 0, all is done in this one and images, which must be `Ready`,
+    are given straight to their places, as `finish` needs them, too. Raises DataError if a process is killed. Close the
+    iterator.
     """
-    empty = (_Batch(positions, res, pinned) for positions in batches)
-    write = partial(_write, sample, finish)
+    empty = (_Batch(positions, handover.empty(len(positions))) for positions in batches)
+    write = partial(_write, sample, handover, finish)
     if workers:
-        yield from _by_others(write, res, empty, workers)
+        yield from _by_others(write, handover, empty, workers)
         return
     for batch in empty:
         batch.parts[0] = write(batch.images, batch.positions)
@@ -79,9 +79,8 @@ def start_server() -> None:
 class _Batch:
     """A batch whose chunks come in any order. `parts` tells by the place of its first image what came of each."""
 
-    def __init__(self, positions: list[Any], res: Sequence[int], pinned: bool):
-        self.positions = positions
-        self.images = torch.empty((len(positions), 3, *res), dtype=torch.uint8, pin_memory=pinned)
+    def __init__(self, positions: list[Any], images: Tensor):
+        self.positions, self.images = positions, images
         self.parts: dict[int, Written | Exception] = {}
 
     def is_whole(self) -> bool:
@@ -101,15 +100,16 @@ class _Batch:
         return Loaded(images, found[there], bad)
 
 
-def _write(sample: Callable[[Any], Sample], finish: Finish | None, room: Tensor, positions: list[Any]) -> Written:
-    """Put the images of some positions in their places."""
+def _write(
+    sample: Callable[[Any], Sample], handover: Handover, finish: Finish | None, room: Tensor, positions: list[Any]
+) -> Written:
+    """Give the images of some positions."""
     indices, bad = [], []
-    for place, position in zip(room, positions, strict=False):
+    for number, position in enumerate(positions):
         image, index, found = sample(position)
         bad += found
         indices.append(NONE if image is None else index)
-        if image is not None:
-            place.copy_(image)
+        handover.give(room, number, image)
     if finish and NONE not in indices:
         images = room[: len(positions)]
         images.copy_(finish(images, positions))
@@ -117,12 +117,12 @@ def _write(sample: Callable[[Any], Sample], finish: Finish | None, room: Tensor,
 
 
 def _by_others(
-    write: Write, res: Sequence[int], batches: Iterator[_Batch], workers: int
+    write: Write, handover: Handover, batches: Iterator[_Batch], workers: int
 ) -> Generator[Loaded, None, None]:
     due: deque[_Batch] = deque()
     chunks = _chunks(batches, due)
     ahead = 0  # images that were asked for and not given out
-    with _started(write, res, workers) as crew:
+    with _started(write, handover, workers) as crew:
         free = deque(list(crew.values()) * ASKED)
         while True:
             while free and ahead < LEAD * CHUNK * workers + (len(due[0].positions) if due else 0):
@@ -158,14 +158,13 @@ def _chunks(batches: Iterator[_Batch], due: deque[_Batch]) -> Iterator[tuple[_Ba
 class _Worker:
     """A process and the memory shared with it, in which it has a place for each chunk that it is asked for."""
 
-    def __init__(self, write: Write, res: Sequence[int]):
-        room = _shared(ASKED, CHUNK, 3, *res)
-        self.images = room.numpy()
+    def __init__(self, write: Write, handover: Handover):
+        self.room, self.handover = _shared(ASKED, *handover.room), handover
         self.asked: deque[tuple[int, _Batch, int]] = deque()
         self.place = 0
         self.link, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context(METHOD).Process
-        self.process = process(target=_serve, args=(write, room, theirs), daemon=True)
+        self.process = process(target=_serve, args=(write, self.room, theirs), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -183,8 +182,8 @@ class _Worker:
         with _unless_killed():
             made = self.link.recv()
         place, batch, first = self.asked.popleft()
-        to = batch.images.numpy()[first : first + CHUNK]
-        np.copyto(to, self.images[place, : len(to)])  # torch would call all its threads together
+        if not isinstance(made, Exception):
+            self.handover.take(self.room[place], batch.images[first : first + CHUNK])
         batch.parts[first] = made
 
     def end(self) -> None:
@@ -194,7 +193,7 @@ class _Worker:
 
 
 @contextmanager
-def _started(write: Write, res: Sequence[int], count: int) -> Iterator[dict[Any, _Worker]]:
+def _started(write: Write, handover: Handover, count: int) -> Iterator[dict[Any, _Worker]]:
     """So many processes, each by its connection."""
     start_server()
     crew: list[_Worker] = []
@@ -206,7 +205,7 @@ def _started(write: Write, res: Sequence[int], count: int) -> Iterator[dict[Any,
     atexit.register(end)  # before multiprocessing's own, which would wait for them
     try:
         with uninterrupted():
-            crew.extend(_Worker(write, res) for _ in range(count))
+            crew.extend(_Worker(write, handover) for _ in range(count))
         yield {worker.link: worker for worker in crew}
     finally:
         atexit.unregister(end)

@@ -1,0 +1,148 @@
+"""Evaluation's images as a GPU resizes them are those that PIL resizes, to the bit."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+from interpreter import interpreted, prints_equal
+from PIL import Image
+
+from vitcli.data import DataConfig, Preprocessing
+from vitcli.data.handover import CHUNK, HEADER, Deferred
+from vitcli.data.loader import eval_batches
+from vitcli.data.preprocess import pixels, prepare
+from vitcli.data.resampling import BITS, Part, sides
+
+CPU = torch.device("cpu")
+BROKEN = 2
+lengths = st.integers(1, 300)
+
+SCRIPT = """
+import torch
+from vitcli.data import Preprocessing
+from vitcli.data.handover import Deferred
+from vitcli.data.preprocess import pixels, prepare
+from vitcli.data.workers import load
+from test_resampling import BROKEN, CPU, given_and_taken, noise, sample
+
+def check():
+    for sizes, res, resize, interpolation in (
+        ([(60, 45), (33, 50), (24, 18), (2, 3), (100, 20)], (18, 16), 20, "bilinear"),
+        ([(50, 37), (33, 50), (64, 48), (2, 3), (20, 100)], (16, 18), 18, "bicubic"),
+        ([(300, 30), (30, 300)], (20, 20), None, "bicubic"),
+    ):
+        p = Preprocessing(res=res, resize=resize, interpolation=interpolation)
+        images = [noise(*size, seed) for seed, size in enumerate(sizes)]
+        assert torch.equal(given_and_taken(images, p), torch.stack([prepare(image, p) for image in images])), p
+    p, batches = Preprocessing(res=(8, 9), resize=10), [list(range(20)), [20, 21]]
+    for part, batch in zip(load(sample, Deferred(p, CPU), batches, 2), batches, strict=True):
+        whole = [number for number in batch if number != BROKEN]
+        assert part.indices.tolist() == whole
+        assert torch.equal(part.images, torch.stack([prepare(noise(20 + n, 15, n), p) for n in whole]))
+        assert [index for index, *_ in part.bad] == [BROKEN] * (BROKEN in batch)
+
+if __name__ == "__main__":
+    check()
+    print("equal")
+"""
+
+
+def noise(width, height, seed=0):
+    """An image of the darkest and the brightest levels, where sums are as large as can be, and some between."""
+    chance = np.random.default_rng(seed)
+    levels = chance.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(np.where(levels < 100, 0, np.where(levels > 155, 255, levels)).astype(np.uint8))
+
+
+def sample(number):
+    """What a loader process loads."""
+    if number == BROKEN:
+        return None, number, [(number, "2.jpg", "broken")]
+    return pixels(noise(20 + number, 15, number)), number, []
+
+
+def given_and_taken(images, p):
+    """By the two ends of a chunk."""
+    handover = Deferred(p, CPU)
+    room, found = torch.zeros(handover.room, dtype=torch.uint8), handover.empty(len(images))
+    for number, image in enumerate(images):
+        handover.give(room, number, pixels(image))
+    handover.take(room, found)
+    return found
+
+
+def along(side, levels):
+    """What the rows of `levels` (n, ...) add up to, by a table."""
+    needed = levels[side.begin : side.end].astype(np.int32)
+    found = []
+    for first, *weights in side.table:
+        counted = needed[first : first + len(weights)]
+        found.append((np.tensordot(np.int32(weights[: len(counted)]), counted, 1) + 2 ** (BITS - 1)) >> BITS)
+    return np.clip(found, 0, 255)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@given(
+    st.tuples(lengths, lengths),
+    st.tuples(st.integers(1, 64), st.integers(1, 64)),
+    st.none() | st.integers(0, 40),
+    st.sampled_from(["bilinear", "bicubic"]),
+)
+@example((500, 375), (48, 56), 8, "bilinear")
+@example((333, 500), (48, 56), 8, "bicubic")
+@example((3000, 30), (40, 40), None, "bicubic")
+def test_tables_hold_pils_resize(size, res, larger, interpolation):
+    p = Preprocessing(res=res, resize=larger if larger is None else max(res) + larger, interpolation=interpolation)
+    image = noise(*size)
+    found = sides(size[::-1], p)
+    assume(found)
+    columns = along(found[1], np.asarray(image).swapaxes(0, 1)).swapaxes(0, 1)
+    assert np.array_equal(along(found[0], columns), prepare(image, p).permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize("p", [{"interpolation": "area"}, {"antialias": False}, {"interpolation": "nearest"}])
+def test_what_has_no_tables_is_prepared(p):
+    assert sides((30, 40), Preprocessing.parse({"res": 8} | p)) is None
+
+
+@interpreted
+def test_the_device_resizes_by_them():
+    assert prints_equal(SCRIPT)
+
+
+def test_a_chunk_has_room_for_any_images():
+    p = Preprocessing(res=(224, 224), resize=256)
+    handover = Deferred(p, CPU)
+    room = torch.zeros(handover.room, dtype=torch.uint8)
+    for number in range(CHUNK):
+        handover.give(room, number, pixels(noise(1100 - number, 1000)))
+    parts = room[:HEADER].view(torch.int32).view(CHUNK, -1)
+    prepared = int((parts[:, Part._fields.index("height")] == 224).sum())
+    assert 0 < prepared < CHUNK
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU the loader processes prepare the images")
+@pytest.mark.parametrize("p", [{"resize": 256}, {"resize": 256, "interpolation": "bicubic"}, {"resize": None}])
+def test_evaluation_reads_the_same_on_a_gpu_as_on_a_cpu(tmp_path, monkeypatch, p):
+    (tmp_path / "a").mkdir()
+    for number in range(70):
+        noise(100 + 17 * number, 900 - 12 * number, number).save(tmp_path / f"a/{number:02}.jpg", quality=95)
+    (tmp_path / "a/05.jpg").write_bytes(b"broken")
+    taken, take = [], Deferred.take
+
+    def noted(handover, room, images):
+        taken.append(len(images))
+        take(handover, room, images)
+
+    monkeypatch.setattr(Deferred, "take", noted)
+    data = DataConfig.parse({"source": {"name": "folder", "path": str(tmp_path)}, **p})
+    dataset, found = data.source.open_for_scoring(), []
+    for device in ("cpu", "cuda"):
+        parts = list(eval_batches(data.preprocessing, dataset, batch=32, workers=2, device=torch.device(device)))
+        found.append((torch.cat([part["images"].cpu() for part in parts]), [part.get("bad") for part in parts]))
+    (prepared, bad), (ours, same) = found
+    assert torch.equal(ours, prepared)
+    assert bad == same
+    assert list(bad[0]) == [5]
+    assert sum(taken) == 70

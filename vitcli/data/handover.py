@@ -1,0 +1,149 @@
+"""How images get from the process that loads them to their places in a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitcli.data import Preprocessing
+from vitcli.data.preprocess import prepare, to_image
+from vitcli.data.resampling import BITS, Part, Side, sides, unchanged
+
+CHUNK = 16  # images that a process is asked for at a time
+USUAL = 3 * 2**17  # bytes of an image: 362x362, where ImageNet's usual 500x375 need 331x331 for a crop of 7/8
+WORD = 4  # bytes of an int32
+HEADER = WORD * CHUNK * len(Part._fields)
+
+
+class Handover(Protocol):
+    """The two ends of the memory that the processes share, for a chunk at a time; it goes to them by pickle."""
+
+    @property
+    def room(self) -> tuple[int, ...]:
+        """The shape of the memory, uint8, that a chunk needs between two processes."""
+        ...
+
+    def empty(self, count: int) -> Tensor:
+        """The places of so many images, uint8 (count, 3, h, w)."""
+        ...
+
+    def give(self, room: Tensor, number: int, image: Tensor | None) -> None:
+        """By the one who loads: a chunk's images, or none, in the order of their numbers."""
+        ...
+
+    def take(self, room: Tensor, images: Tensor) -> None:
+        """By the caller: as many of them as there are places for."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The `Handover` of images that are of the right size; `pinned` ones are in memory that a GPU reads by itself."""
+
+    res: tuple[int, int]
+    pinned: bool = False
+
+    @property
+    def room(self) -> tuple[int, ...]:
+        return CHUNK, 3, *self.res
+
+    def empty(self, count: int) -> Tensor:
+        return torch.empty((count, 3, *self.res), dtype=torch.uint8, pin_memory=self.pinned)
+
+    def give(self, room: Tensor, number: int, image: Tensor | None) -> None:
+        if image is not None:
+            room[number].copy_(image)
+
+    def take(self, room: Tensor, images: Tensor) -> None:
+        np.copyto(images.numpy(), room.numpy()[: len(images)])  # torch would call all its threads together
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """The `Handover` of decoded images, of which the caller's GPU makes what `prepare` does.
+
+    A chunk is a `Part` for each image and then, for one after the other, its tables and the pixels that the crop needs:
+    large ones have the room that small ones leave. What has none is prepared by the process that loads it, as is what
+    is not resized by columns and then rows.
+    """
+
+    p: Preprocessing
+    device: torch.device
+
+    @property
+    def room(self) -> tuple[int]:
+        """Bytes of a chunk."""
+        return (HEADER + CHUNK * max(USUAL, self._least),)
+
+    def empty(self, count: int) -> Tensor:
+        """The places of so many images on the device, uint8 (count, 3, *res)."""
+        return torch.empty((count, 3, *self.p.res), dtype=torch.uint8, device=self.device)
+
+    def give(self, room: Tensor, number: int, image: Tensor | None) -> None:
+        """Put a decoded image (3, h, w) behind the one before it, or none."""
+        memory = room.numpy()  # whose small steps cost less than torch's
+        parts = _parts(memory)
+        begin = _end(parts[number - 1]) if number else HEADER
+        if image is None:
+            parts[number] = Part(begin, 0, 0, 0, 0, 0, 0)
+        else:
+            parts[number] = self._put(image, memory, begin, len(memory) - self._least * (CHUNK - 1 - number))
+
+    def take(self, room: Tensor, images: Tensor) -> None:
+        """Resize as many of the images as there are places for."""
+        from vitcli.kernels.resize import resize
+
+        memory = room.numpy()
+        parts = _parts(memory)[: len(images)]
+        used = _end(parts[-1])
+        packed = torch.empty(len(memory), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        packed.numpy()[:used] = memory[:used]  # torch would call all its threads together
+        resize(packed[:used].to(self.device, non_blocking=True), images, int(parts[:, 1].max()), BITS)
+
+    @cached_property
+    def _least(self) -> int:
+        """Bytes that suffice for a prepared image."""
+        return _bytes(unchanged(self.p.res))
+
+    def _put(self, image: Tensor, memory: np.ndarray, begin: int, end: int) -> Part:
+        """An image between two places, prepared if it takes up more as it is."""
+        _, height, width = image.shape
+        found = sides((height, width), self.p)
+        if found is None or begin + _bytes(found) > end:
+            image, found = prepare(to_image(image), self.p), unchanged(self.p.res)
+        rows, columns = found
+        places = []
+        for table in (rows.table, columns.table):
+            places += [begin // WORD, table.shape[1] - 1]
+            memory[begin : begin + table.nbytes].view(np.int32)[:] = table.ravel()
+            begin += table.nbytes
+        pixels = image.permute(1, 2, 0).numpy()[rows.begin : rows.end, columns.begin : columns.end]
+        memory[begin : begin + pixels.size].reshape(pixels.shape)[:] = pixels
+        return Part(begin, *pixels.shape[:2], *places)
+
+
+def _parts(memory: np.ndarray) -> np.ndarray:
+    """The parts of a chunk, int32 (CHUNK, 7)."""
+    return memory[:HEADER].view(np.int32).reshape(CHUNK, -1)
+
+
+def _end(part: np.ndarray) -> int:
+    """Where what follows a part may begin."""
+    pixels, height, width, *_ = part.tolist()
+    return pixels + _whole_words(3 * height * width)
+
+
+def _bytes(of: tuple[Side, Side]) -> int:
+    """What tables and pixels take up."""
+    rows, columns = of
+    tables = rows.table.nbytes + columns.table.nbytes
+    return tables + _whole_words(3 * (rows.end - rows.begin) * (columns.end - columns.begin))
+
+
+def _whole_words(count: int) -> int:
+    return -(-count // WORD) * WORD
