@@ -10,9 +10,9 @@ from PIL import Image
 
 from vitcli.data import DataConfig, Preprocessing
 from vitcli.data.handover import CHUNK, HEADER, Deferred
-from vitcli.data.loader import eval_batches
+from vitcli.data.loader import eval_batches, train_batches
 from vitcli.data.preprocess import pixels, prepare
-from vitcli.data.resampling import BITS, Part, sides
+from vitcli.data.resampling import Part, sides
 
 CPU = torch.device("cpu")
 BROKEN = 2
@@ -27,12 +27,13 @@ from vitcli.data.workers import load
 from test_resampling import BROKEN, CPU, given_and_taken, noise, sample
 
 def check():
-    for sizes, res, resize, interpolation in (
-        ([(60, 45), (33, 50), (24, 18), (2, 3), (100, 20)], (18, 16), 20, "bilinear"),
-        ([(50, 37), (33, 50), (64, 48), (2, 3), (20, 100)], (16, 18), 18, "bicubic"),
-        ([(300, 30), (30, 300)], (20, 20), None, "bicubic"),
+    for sizes, res, resize, interpolation, antialias in (
+        ([(60, 45), (33, 50), (24, 18), (2, 3), (100, 20)], (18, 16), 20, "bilinear", True),
+        ([(50, 37), (33, 50), (64, 48), (2, 3), (20, 100)], (16, 18), 18, "bicubic", True),
+        ([(300, 30), (30, 300)], (20, 20), None, "bicubic", True),
+        ([(60, 45), (33, 50), (2, 3)], (20, 30), None, "bilinear", False),
     ):
-        p = Preprocessing(res=res, resize=resize, interpolation=interpolation)
+        p = Preprocessing(res=res, resize=resize, interpolation=interpolation, antialias=antialias)
         images = [noise(*size, seed) for seed, size in enumerate(sizes)]
         assert torch.equal(given_and_taken(images, p), torch.stack([prepare(image, p) for image in images])), p
     p, batches = Preprocessing(res=(8, 9), resize=10), [list(range(20)), [20, 21]]
@@ -78,7 +79,7 @@ def along(side, levels):
     found = []
     for first, *weights in side.table:
         counted = needed[first : first + len(weights)]
-        found.append((np.tensordot(np.int32(weights[: len(counted)]), counted, 1) + 2 ** (BITS - 1)) >> BITS)
+        found.append((np.tensordot(np.int32(weights[: len(counted)]), counted, 1) + 2 ** (side.bits - 1)) >> side.bits)
     return np.clip(found, 0, 255)
 
 
@@ -87,13 +88,16 @@ def along(side, levels):
     st.tuples(lengths, lengths),
     st.tuples(st.integers(1, 64), st.integers(1, 64)),
     st.none() | st.integers(0, 40),
-    st.sampled_from(["bilinear", "bicubic"]),
+    st.sampled_from([("bilinear", True), ("bicubic", True), ("bilinear", False)]),
 )
-@example((500, 375), (48, 56), 8, "bilinear")
-@example((333, 500), (48, 56), 8, "bicubic")
-@example((3000, 30), (40, 40), None, "bicubic")
-def test_tables_hold_pils_resize(size, res, larger, interpolation):
-    p = Preprocessing(res=res, resize=larger if larger is None else max(res) + larger, interpolation=interpolation)
+@example((500, 375), (48, 56), 8, ("bilinear", True))
+@example((333, 500), (48, 56), 8, ("bicubic", True))
+@example((333, 500), (224, 224), None, ("bilinear", False))
+@example((3000, 30), (40, 40), None, ("bicubic", True))
+def test_tables_hold_the_resize_of_pil_and_torch(size, res, larger, how):
+    interpolation, antialias = how
+    resize = larger if larger is None else max(res) + larger
+    p = Preprocessing(res=res, resize=resize, interpolation=interpolation, antialias=antialias)
     image = noise(*size)
     found = sides(size[::-1], p)
     assume(found)
@@ -101,7 +105,7 @@ def test_tables_hold_pils_resize(size, res, larger, interpolation):
     assert np.array_equal(along(found[0], columns), prepare(image, p).permute(1, 2, 0).numpy())
 
 
-@pytest.mark.parametrize("p", [{"interpolation": "area"}, {"antialias": False}, {"interpolation": "nearest"}])
+@pytest.mark.parametrize("p", [{"interpolation": "area"}, {"interpolation": "bicubic", "antialias": False}])
 def test_what_has_no_tables_is_prepared(p):
     assert sides((30, 40), Preprocessing.parse({"res": 8} | p)) is None
 
@@ -122,21 +126,45 @@ def test_a_chunk_has_room_for_any_images():
     assert 0 < prepared < CHUNK
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU the loader processes prepare the images")
-@pytest.mark.parametrize("p", [{"resize": 256}, {"resize": 256, "interpolation": "bicubic"}, {"resize": None}])
-def test_evaluation_reads_the_same_on_a_gpu_as_on_a_cpu(tmp_path, monkeypatch, p):
-    (tmp_path / "a").mkdir()
-    for number in range(70):
-        noise(100 + 17 * number, 900 - 12 * number, number).save(tmp_path / f"a/{number:02}.jpg", quality=95)
-    (tmp_path / "a/05.jpg").write_bytes(b"broken")
-    taken, take = [], Deferred.take
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU the loader processes resize, too")
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """How many images each chunk had that a GPU resized."""
+    counts, take = [], Deferred.take
 
     def noted(handover, room, images):
-        taken.append(len(images))
+        counts.append(len(images))
         take(handover, room, images)
 
     monkeypatch.setattr(Deferred, "take", noted)
-    data = DataConfig.parse({"source": {"name": "folder", "path": str(tmp_path)}, **p})
+    return counts
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """JPEGs of many sizes, the sixth of them broken."""
+    root = tmp_path_factory.mktemp("data")
+    (root / "a").mkdir()
+    for number in range(70):
+        noise(100 + 17 * number, 900 - 12 * number, number).save(root / f"a/{number:02}.jpg", quality=95)
+    (root / "a/05.jpg").write_bytes(b"broken")
+    return root
+
+
+def config(folder, **keys):
+    return DataConfig.parse({"source": {"name": "folder", "path": str(folder)}, **keys})
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    "p",
+    [{"resize": 256}, {"resize": 256, "interpolation": "bicubic"}, {"resize": None}, {"antialias": False}],
+    ids=["usual", "bicubic", "whole", "torch"],
+)
+def test_evaluation_reads_the_same_on_a_gpu_as_on_a_cpu(folder, taken, p):
+    data = config(folder, **p)
     dataset, found = data.source.open_for_scoring(), []
     for device in ("cpu", "cuda"):
         parts = list(eval_batches(data.preprocessing, dataset, batch=32, workers=2, device=torch.device(device)))
@@ -146,3 +174,16 @@ def test_evaluation_reads_the_same_on_a_gpu_as_on_a_cpu(tmp_path, monkeypatch, p
     assert bad == same
     assert list(bad[0]) == [5]
     assert sum(taken) == 70
+
+
+@on_gpu
+@pytest.mark.parametrize("how", [{}, {"interpolation": "bicubic", "antialias": True}], ids=["usual", "bicubic"])
+def test_training_reads_the_same_on_a_gpu_as_on_a_cpu(folder, taken, how):
+    augment = {"randaugment": {"n": 1, "m": 5}, **how}
+    data, found = config(folder, bad_images=0.1, workers=2, augment=augment), []
+    for device in ("cpu", "cuda"):
+        dataset = data.source.open("train")
+        parts = train_batches(data, dataset, batch=32, seed=3, start=0, steps=4, device=torch.device(device))
+        found.append(torch.cat([part["images"].cpu() for part in parts]))
+    assert torch.equal(*found)
+    assert sum(taken) == 128

@@ -27,10 +27,16 @@ def crop(x: Tensor, config: DataConfig, rng: np.random.Generator) -> Tensor:
     """An image (3, h, w) cut to the model's resolution, uint8 (3, height, width)."""
     how = config.augment
     if how.crop == "inception_crop":
-        left, top, right, bottom = inception_box((x.shape[2], x.shape[1]), how.area, how.aspect, rng)
-        return stretch(x[:, top:bottom, left:right], config.res, how.interpolation, how.antialias)
+        return stretch(cut(x, config, rng), config.res, how.interpolation, how.antialias)
     x = before_crop(x, config)
     return x if how.crop == "central_crop" else random_crop(x, config.res, how.pad, rng)
+
+
+def cut(x: Tensor, config: DataConfig, rng: np.random.Generator) -> Tensor:
+    """The part (3, h, w) of an image that the inception crop stretches."""
+    how = config.augment
+    left, top, right, bottom = inception_box((x.shape[2], x.shape[1]), how.area, how.aspect, rng)
+    return x[:, top:bottom, left:right]
 
 
 def before_crop(x: Tensor, config: DataConfig) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitcli.data import Preprocessing
 from vitcli.data.preprocess import prepare, to_image
-from vitcli.data.resampling import BITS, Part, Side, sides, unchanged
+from vitcli.data.resampling import Part, Side, sides, unchanged
 
 CHUNK = 16  # images that a process is asked for at a time
 USUAL = 3 * 2**17  # bytes of an image: 362x362, where ImageNet's usual 500x375 need 331x331 for a crop of 7/8
@@ -90,7 +90,7 @@ class Deferred:
         parts = _parts(memory)
         begin = _end(parts[number - 1]) if number else HEADER
         if image is None:
-            parts[number] = Part(begin, 0, 0, 0, 0, 0, 0)
+            parts[number] = Part(begin, 0, 0, 0, 0, 1, 0, 0, 1)
         else:
             parts[number] = self._put(image, memory, begin, len(memory) - self._least * (CHUNK - 1 - number))
 
@@ -103,7 +103,7 @@ class Deferred:
         used = _end(parts[-1])
         packed = torch.empty(len(memory), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         packed.numpy()[:used] = memory[:used]  # torch would call all its threads together
-        resize(packed[:used].to(self.device, non_blocking=True), images, int(parts[:, 1].max()), BITS)
+        resize(packed[:used].to(self.device, non_blocking=True), images, int(parts[:, 1].max()))
 
     @cached_property
     def _least(self) -> int:
@@ -118,8 +118,8 @@ class Deferred:
             image, found = prepare(to_image(image), self.p), unchanged(self.p.res)
         rows, columns = found
         places = []
-        for table in (rows.table, columns.table):
-            places += [begin // WORD, table.shape[1] - 1]
+        for _, _, table, bits in found:
+            places += [begin // WORD, table.shape[1] - 1, bits]
             memory[begin : begin + table.nbytes].view(np.int32)[:] = table.ravel()
             begin += table.nbytes
         pixels = image.permute(1, 2, 0).numpy()[rows.begin : rows.end, columns.begin : columns.end]
@@ -128,7 +128,7 @@ class Deferred:
 
 
 def _parts(memory: np.ndarray) -> np.ndarray:
-    """The parts of a chunk, int32 (CHUNK, 7)."""
+    """The parts of a chunk, int32 (CHUNK, 9)."""
     return memory[:HEADER].view(np.int32).reshape(CHUNK, -1)
 
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from vitcli import kernels, rng
 from vitcli.data import DataConfig, Preprocessing, resampling
-from vitcli.data.augment import augment, crop
-from vitcli.data.handover import Deferred, Ready
+from vitcli.data.augment import augment, crop, cut
+from vitcli.data.handover import Deferred, Handover, Ready
 from vitcli.data.images import BadImage
 from vitcli.data.parallel import cores
 from vitcli.data.prefetch import AHEAD, Batch, ahead, put
@@ -110,11 +110,9 @@ def _scored_batches(
     preprocessing: Preprocessing, dataset: Dataset, batch: int, share: Sequence[int], workers: int, device: torch.device
 ) -> Generator[Batch, None, None]:
     """Prepared by the processes that load them; on a GPU, where there are others, resized there to the same levels."""
-    on_gpu = device.type == "cuda"
-    deferred = workers > 0 and resampling.is_known(preprocessing) and kernels.can_be_built(device)
-    made = _decoded if deferred else partial(_prepared, preprocessing)
+    handover = _handover(preprocessing, workers, device)
+    made = _decoded if isinstance(handover, Deferred) else partial(_prepared, preprocessing)
     sample = partial(_eval_sample, made, _for_loading(dataset))
-    handover = Deferred(preprocessing, device) if deferred else Ready(preprocessing.res, pinned=on_gpu)
     places = (list(share[i : i + batch]) for i in range(0, len(share), batch))
     with closing(load(sample, handover, places, workers)) as loaded:
         for part in loaded:
@@ -125,11 +123,16 @@ def _scored_batches(
 def _loaded_batches(
     data: DataConfig, dataset: Dataset, seed: int, order: Iterator[Positions], workers: int, device: torch.device
 ) -> Generator[Batch, None, None]:
-    """Decoded and cropped, and augmented: on a GPU whole batches, else by the loader processes, too."""
-    on_gpu = device.type == "cuda"
-    sample, finish = partial(_training_sample, data, _for_loading(dataset), seed), partial(_augmented, data, seed)
+    """Decoded, cropped and augmented: on a GPU what can be of whole batches, else by the loader processes, too."""
+    on_gpu, how = device.type == "cuda", data.augment
+    handover, cropped = Ready(data.res, pinned=on_gpu), crop
+    if how.crop == "inception_crop":
+        stretched = Preprocessing(res=data.res, resize=None, interpolation=how.interpolation, antialias=how.antialias)
+        handover = _handover(stretched, workers, device)
+        cropped = cut if isinstance(handover, Deferred) else crop
+    sample = partial(_training_sample, data, _for_loading(dataset), seed, cropped)
+    finish = partial(_augmented, data, seed)
     positions, asked = tee(list(zip(turn.tolist(), index.tolist(), strict=True)) for turn, index in order)
-    handover = Ready(data.res, pinned=on_gpu)
     with closing(load(sample, handover, asked, workers, None if on_gpu else finish)) as loaded:
         for expected, part in zip(positions, loaded, strict=True):
             found = _labelled(part, dataset)
@@ -139,6 +142,13 @@ def _loaded_batches(
                 images, labels = put(found["images"], device), put(found["labels"], device)
                 found |= {"images": finish(images, expected), "labels": labels}
             yield found
+
+
+def _handover(p: Preprocessing, workers: int, device: torch.device) -> Handover:
+    """A GPU resizes by itself what other processes decode, where it can."""
+    if workers and resampling.is_known(p) and kernels.can_be_built(device):
+        return Deferred(p, device)
+    return Ready(p.res, pinned=device.type == "cuda")
 
 
 def _augmented(data: DataConfig, seed: int, images: Tensor, positions: list[tuple[int, int]]) -> Tensor:
@@ -171,7 +181,9 @@ def _order(
         yield turn[here][places], order[here][places]
 
 
-def _training_sample(data: DataConfig, dataset: Dataset, seed: int, position: tuple[int, int]) -> Sample:
+def _training_sample(
+    data: DataConfig, dataset: Dataset, seed: int, cropped: Callable[..., Tensor], position: tuple[int, int]
+) -> Sample:
     """The cropped image of (turn, index), or of another index if that one is broken and may be replaced."""
     turn, index = position
     others = rng.generator(seed, Stream.REPLACE, turn, index)
@@ -184,7 +196,7 @@ def _training_sample(data: DataConfig, dataset: Dataset, seed: int, position: tu
             bad.append((index, error.path, error.reason))
             index = int(others.integers(len(dataset)))
         else:
-            return crop(image, data, chance), index, bad
+            return cropped(image, data, chance), index, bad
     return None, index, bad
 
 

@@ -19,11 +19,11 @@ def can_be_built(device: torch.device) -> bool:
     try:
         from vitcli.kernels.resize import resize
 
-        one_pixel = torch.tensor([44, 1, 1, 7, 1, 9, 1, 0, 2, 0, 2, 200], dtype=torch.int32, device=device).view(
+        one_pixel = torch.tensor([44, 1, 1, 9, 1, 1, 9, 1, 1, 0, 2, 200], dtype=torch.int32, device=device).view(
             torch.uint8
         )
         found = torch.zeros(1, 3, 1, 1, dtype=torch.uint8, device=device)
-        resize(one_pixel, found, rows=1, bits=1)
+        resize(one_pixel, found, rows=1)
     except Exception:  # of many kinds, by what is missing
         return False
     return found[0, 0].item() == 200

@@ -1,6 +1,6 @@
-"""The resize of images that lie packed in memory, by tables of PIL's weights: whole numbers, and so PIL's very levels.
+"""The resize of images that lie packed in memory, by tables of weights: whole numbers, and so the same levels anywhere.
 
-Levels are rounded once the columns are done, and again after the rows (Pillow's Resample.c).
+Levels are rounded once the columns are done, and again after the rows, as in Pillow's Resample.c and torch's for uint8.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ from torch import Tensor
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 
-FACTS = tl.constexpr(7)  # of an image
+FACTS = tl.constexpr(9)  # of an image
 AT_ONCE = 4  # rows
 
 
-def resize(packed: Tensor, images: Tensor, rows: int, bits: int) -> None:
+def resize(packed: Tensor, images: Tensor, rows: int) -> None:
     """Write the first images of `packed` uint8 (n,) to `images` uint8 (b, 3, height, width).
 
-    `packed` begins with seven int32 for each: where its pixels (rows, columns, 3) begin, in bytes, their rows and their
-    columns; then of rows and of columns where their table begins, in int32, and its taps. A table has 1 + taps int32
-    for each pixel to be: the first that counts, and the weights, of which 2 ** bits is 1. `rows` are the most of an
-    image.
+    `packed` begins with nine int32 for each: where its pixels (rows, columns, 3) begin, in bytes, their rows and their
+    columns; then of rows and of columns where their table begins, in int32, its taps and its bits. A table has 1 + taps
+    int32 for each pixel to be: the first that counts, and the weights, of which 2 ** bits is 1. `rows` are the most of
+    an image.
     """
     count, _, height, width = images.shape
     between = torch.empty((count, rows, 3 * width), dtype=torch.uint8, device=images.device)
     lanes, facts = triton.next_power_of_2(3 * width), packed.view(torch.int32)
-    _columns[(count, triton.cdiv(rows, AT_ONCE))](packed, facts, between, rows, width, bits, AT_ONCE, lanes)
-    _rows[(count, height)](facts, between, images, rows, width, height, bits, lanes)
+    _columns[(count, triton.cdiv(rows, AT_ONCE))](packed, facts, between, rows, width, AT_ONCE, lanes)
+    _rows[(count, height)](facts, between, images, rows, width, height, lanes)
 
 
-@triton.jit
-def _columns(levels, facts, between, rows, count, BITS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
+@triton.jit(do_not_specialize=["rows"])
+def _columns(levels, facts, between, rows, count, ROWS: tl.constexpr, LANES: tl.constexpr):
     fact = facts + tl.program_id(0) * FACTS
     pixels, height, width = tl.load(fact), tl.load(fact + 1), tl.load(fact + 2)
-    table, taps = tl.load(fact + 5), tl.load(fact + 6)
+    table, taps, bits = tl.load(fact + 6), tl.load(fact + 7), tl.load(fact + 8)
     y = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     lane = tl.arange(0, LANES)
     inside = lane < 3 * count
@@ -49,14 +49,15 @@ def _columns(levels, facts, between, rows, count, BITS: tl.constexpr, ROWS: tl.c
         here = (y[:, None] * width + x[None, :]) * 3 + (lane % 3)[None, :]
         sums += tl.load(levels + pixels + here, mask=valid, other=0).to(tl.int32) * weight[None, :]
     place = between + (tl.program_id(0) * rows + y)[:, None] * 3 * count + lane[None, :]
-    tl.store(place, _rounded(sums, BITS), mask=(y < height)[:, None] & inside[None, :])
+    tl.store(place, _rounded(sums, bits), mask=(y < height)[:, None] & inside[None, :])
 
 
-@triton.jit
-def _rows(facts, between, images, rows, count, most, BITS: tl.constexpr, LANES: tl.constexpr):
+@triton.jit(do_not_specialize=["rows"])
+def _rows(facts, between, images, rows, count, most, LANES: tl.constexpr):
     image, y = tl.program_id(0), tl.program_id(1)
     fact = facts + image * FACTS
-    height, table, taps = tl.load(fact + 1), tl.load(fact + 3), tl.load(fact + 4)
+    height = tl.load(fact + 1)
+    table, taps, bits = tl.load(fact + 3), tl.load(fact + 4), tl.load(fact + 5)
     lane = tl.arange(0, LANES)
     inside = lane < 3 * count
     entry = facts + table + y * (1 + taps)
@@ -67,10 +68,10 @@ def _rows(facts, between, images, rows, count, most, BITS: tl.constexpr, LANES: 
         here = between + (image * rows + row) * 3 * count + lane
         sums += tl.load(here, mask=inside & (row < height), other=0).to(tl.int32) * tl.load(entry + 1 + tap)
     place = images + ((image * 3 + lane % 3) * most + y) * count + lane // 3
-    tl.store(place, _rounded(sums, BITS), mask=inside)
+    tl.store(place, _rounded(sums, bits), mask=inside)
 
 
 @triton.jit
-def _rounded(sums, BITS: tl.constexpr):
-    levels = (sums + (1 << (BITS - 1))) >> BITS
+def _rounded(sums, bits):
+    levels = (sums + (1 << (bits - 1))) >> bits
     return tl.minimum(tl.maximum(levels, 0), 255).to(tl.uint8)
