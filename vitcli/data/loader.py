@@ -1,8 +1,9 @@
 """Batches of images, decoded here or in other processes, and the same to the bit however many there are.
 
 The order and all chance follow from (seed, epoch, index), and the place in the data from the step alone: a run can
-start at any step at once, and there is no state to save. Loader processes decode and crop; all that then keeps an
-image's size is done to whole batches, on the device. Small sets are kept there, and need no loading.
+start at any step at once, and there is no state to save. Loader processes decode and crop; on a GPU the resize is its
+own, and all that keeps an image's size is done to whole batches, on any device. Small sets are kept there, and need no
+loading.
 """
 
 from __future__ import annotations
