@@ -337,6 +337,18 @@ def test_any_bytes_give_an_image_or_bad_image(data):
     assert time.thread_time() - begin < 2
 
 
+@settings(STEADY, max_examples=500, derandomize=True)
+@given(mutants())
+def test_the_short_way_to_pixels_takes_and_refuses_alike(data):
+    found = []
+    for pixels_of in (lambda: pixels(decode(data, "x.jpg")), lambda: decode_pixels(data, "x.jpg")):
+        try:
+            found.append(pixels_of().numpy().tobytes())
+        except BadImage as error:
+            found.append(str(error))
+    assert found[0] == found[1]
+
+
 @pytest.mark.slow
 @settings(STEADY, max_examples=50_000)
 @given(mutants())
@@ -363,6 +375,9 @@ PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 20, 3), d
         encode(PHOTO.convert("CMYK"), "JPEG"),
         rotated(PHOTO, 6),
         encode(PHOTO, "JPEG") + b"after the end",
+        encode(PHOTO, "JPEG", comment=b"a photograph"),
+        encode(PHOTO.resize((64, 3)), "JPEG"),
+        encode(PHOTO, "JPEG", keep_rgb=True),
         encode(PHOTO, "PNG"),
         encode(PHOTO.convert("RGBA"), "PNG"),
     ],
