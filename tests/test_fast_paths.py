@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from interpreter import interpreted, prints_equal
+from interpreter import interpreted, run
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,6 +14,7 @@ from vitcli import runtime
 from vitcli.cuda_graph import Recorded
 from vitcli.data import Preprocessing
 from vitcli.errors import RecipeError
+from vitcli.fast_paths import _join
 from vitcli.inference import TorchPredictor
 from vitcli.model import ViTConfig
 from vitcli.model.attention import Attention
@@ -120,7 +121,15 @@ print("equal")
 @interpreted
 @pytest.mark.parametrize("script", [GELU, ATTENTION, NORM], ids=["gelu", "attention", "norm"])
 def test_our_kernels_and_their_gradients_are_torchs(script):
-    assert prints_equal(script)
+    run(script)
+
+
+@interpreted
+@pytest.mark.parametrize("between", [{}, {"dropout": 0.1}, {"drop_path": 0.1}, {"layerscale": 0.1}])
+def test_an_addition_joins_the_norm_only_where_nothing_is_between(between):
+    last = ViTConfig.parse(TINY | between).build(10, (8, 8)).blocks[-1]
+    _join(last)
+    assert ("between" in vars(last)) == (not between)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU torch's fused activation is GELU's exact form")

@@ -362,6 +362,13 @@ def rotated(image, orientation):
     return encode(image, "JPEG", exif=exif)
 
 
+def moved_behind_the_frame(data):
+    """A JPEG whose EXIF comes after its frame."""
+    exif, frame = data.index(b"\xff\xe1"), data.index(b"\xff\xc0")
+    after, behind = (at + 2 + int.from_bytes(data[at + 2 : at + 4]) for at in (exif, frame))
+    return data[:exif] + data[after:behind] + data[exif:after] + data[behind:]
+
+
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)).resize((60, 45))
 
 
@@ -376,6 +383,7 @@ PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 20, 3), d
         rotated(PHOTO, 6),
         encode(PHOTO, "JPEG") + b"after the end",
         encode(PHOTO, "JPEG", comment=b"a photograph"),
+        moved_behind_the_frame(rotated(PHOTO, 6)),
         encode(PHOTO.resize((64, 3)), "JPEG"),
         encode(PHOTO, "JPEG", keep_rgb=True),
         encode(PHOTO, "PNG"),
@@ -394,7 +402,13 @@ def test_the_short_way_decodes_real_images_alike(shared):
 
 
 @pytest.mark.parametrize(
-    "data", [encode(PHOTO, "JPEG")[:-200], encode(PHOTO, "JPEG")[:30], b"\xff\xd8 no image \xff\xd9"]
+    "data",
+    [
+        encode(PHOTO, "JPEG")[:-200],
+        encode(PHOTO, "JPEG")[:30],
+        b"\xff\xd8 no image \xff\xd9",
+        b"\xff\xd8\xff\xe0\x00\x06JFIF" + encode(PHOTO, "JPEG")[2:],
+    ],
 )
 def test_the_short_way_refuses_alike(data):
     with pytest.raises(BadImage) as expected:

@@ -15,7 +15,8 @@ from vitcli.data.preprocess import prepare, to_image
 from vitcli.data.resampling import Part, Side, sides, unchanged
 
 CHUNK = 16  # images that a process is asked for at a time
-USUAL = 3 * 2**17  # bytes of an image: 362x362, where ImageNet's usual 500x375 need 331x331 for a crop of 7/8
+USUAL = 3 * 2**18  # bytes of a decoded image: 512x512, where ImageNet's usual 500x375 are 433x433
+MOST_ROWS = 4096  # of an image, which all in its chunk have memory for on the device
 WORD = 4  # bytes of an int32
 HEADER = WORD * CHUNK * len(Part._fields)
 
@@ -68,8 +69,8 @@ class Deferred:
     """The `Handover` of decoded images, of which the caller's GPU makes what `prepare` does.
 
     A chunk is a `Part` for each image and then, for one after the other, its tables and the pixels that the crop needs:
-    large ones have the room that small ones leave. What has none is prepared by the process that loads it, as is what
-    is not resized by columns and then rows.
+    large ones have the room that small ones leave. What has none, as photographs of many megapixels, is prepared by the
+    process that loads it, as is what is not resized by columns and then rows.
     """
 
     p: Preprocessing
@@ -101,9 +102,9 @@ class Deferred:
         memory = room.numpy()
         parts = _parts(memory)[: len(images)]
         used = _end(parts[-1])
-        packed = torch.empty(len(memory), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        packed.numpy()[:used] = memory[:used]  # torch would call all its threads together
-        resize(packed[:used].to(self.device, non_blocking=True), images, int(parts[:, 1].max()))
+        packed = torch.empty(used, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        packed.numpy()[:] = memory[:used]  # torch would call all its threads together
+        resize(packed.to(self.device, non_blocking=True), images, int(parts[:, 1].max()))
 
     @cached_property
     def _least(self) -> int:
@@ -114,7 +115,7 @@ class Deferred:
         """An image between two places, prepared if it takes up more as it is."""
         _, height, width = image.shape
         found = sides((height, width), self.p)
-        if found is None or begin + _bytes(found) > end:
+        if found is None or begin + _bytes(found) > end or found[0].end - found[0].begin > MOST_ROWS:
             image, found = prepare(to_image(image), self.p), unchanged(self.p.res)
         rows, columns = found
         places = []

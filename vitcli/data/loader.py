@@ -147,7 +147,7 @@ def _loaded_batches(
 
 def _handover(p: Preprocessing, workers: int, device: torch.device) -> Handover:
     """A GPU resizes by itself what other processes decode, where it can."""
-    if workers and resampling.is_known(p) and kernels.can_be_built(device):
+    if workers and resampling.is_known(p) and kernels.why_not(device) is None:
         return Deferred(p, device)
     return Ready(p.res, pinned=device.type == "cuda")
 

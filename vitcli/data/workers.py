@@ -14,7 +14,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cached_property, partial
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from vitcli.data.handover import CHUNK, Handover
 from vitcli.data.parallel import METHOD, follow_parent, start_server_with, uninterrupted
+from vitcli.data.shared import Shared
 from vitcli.errors import DataError, UserError
 from vitcli.malloc import keep_freed
 
@@ -61,7 +62,7 @@ def load(
     are given straight to their places, as `finish` needs them, too. Raises DataError if a process is killed. Close the
     iterator.
     """
-    empty = (_Batch(positions, handover.empty(len(positions))) for positions in batches)
+    empty = (_Batch(positions, handover) for positions in batches)
     write = partial(_write, sample, handover, finish)
     if workers:
         yield from _by_others(write, handover, empty, workers)
@@ -79,9 +80,14 @@ def start_server() -> None:
 class _Batch:
     """A batch whose chunks come in any order. `parts` tells by the place of its first image what came of each."""
 
-    def __init__(self, positions: list[Any], images: Tensor):
-        self.positions, self.images = positions, images
+    def __init__(self, positions: list[Any], handover: Handover):
+        self.positions, self.handover = positions, handover
         self.parts: dict[int, Written | Exception] = {}
+
+    @cached_property
+    def images(self) -> Tensor:
+        """The places, which take up memory from the first image on."""
+        return self.handover.empty(len(self.positions))
 
     def is_whole(self) -> bool:
         return len(self.parts) * CHUNK >= len(self.positions)
@@ -159,14 +165,16 @@ class _Worker:
     """A process and the memory shared with it, in which it has a place for each chunk that it is asked for."""
 
     def __init__(self, write: Write, handover: Handover):
-        self.room, self.handover = _shared(ASKED, *handover.room), handover
+        room, self.handover = Shared((ASKED, *handover.room)), handover
         self.asked: deque[tuple[int, _Batch, int]] = deque()
         self.place = 0
         self.link, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context(METHOD).Process
-        self.process = process(target=_serve, args=(write, self.room, theirs), daemon=True)
+        self.process = process(target=_serve, args=(write, room, theirs), daemon=True)
         self.process.start()
         theirs.close()
+        self.room = room.tensor
+        room.close()
 
     def ask(self, batch: _Batch, first: int) -> int:
         """For the images from `first` on; how many they are."""
@@ -227,18 +235,6 @@ def _serve(write: Write, room: Tensor, link: Connection) -> None:
             except Exception:  # of a class that may not travel
                 made = RuntimeError(f"in a loader process:\n{traceback.format_exc()}")
             link.send(made)
-
-
-def _shared(*shape: int) -> Tensor:
-    try:
-        return torch.empty(shape, dtype=torch.uint8).share_memory_()
-    except RuntimeError as error:
-        if "No space left on device" not in str(error):
-            raise
-        raise DataError(
-            "the loader processes need more shared memory than /dev/shm has",
-            "enlarge it (docker run --shm-size=8g), or load in one process: --set data.workers=0",
-        ) from error
 
 
 @contextmanager

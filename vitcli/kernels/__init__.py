@@ -10,20 +10,21 @@ if TYPE_CHECKING:
 
 
 @cache
-def can_be_built(device: torch.device) -> bool:
-    """Whether Triton builds for a device here, which takes a trial: it wants a C compiler and Python's headers, too."""
+def why_not(device: torch.device) -> str | None:
+    """Why Triton builds nothing for a device here; None if it does, which takes a trial.
+
+    It wants a C compiler and Python's headers, too.
+    """
     if device.type != "cuda":
-        return False
+        return f"kernels are for cuda, not for {device.type}"
     import torch
 
     try:
         from vitcli.kernels.resize import resize
 
-        one_pixel = torch.tensor([44, 1, 1, 9, 1, 1, 9, 1, 1, 0, 2, 200], dtype=torch.int32, device=device).view(
-            torch.uint8
-        )
+        one_pixel = torch.tensor([44, 1, 1, 9, 1, 1, 9, 1, 1, 0, 2, 200], dtype=torch.int32, device=device)
         found = torch.zeros(1, 3, 1, 1, dtype=torch.uint8, device=device)
-        resize(one_pixel, found, rows=1)
-    except Exception:  # of many kinds, by what is missing
-        return False
-    return found[0, 0].item() == 200
+        resize(one_pixel.view(torch.uint8), found, rows=1)
+        return None if found[0, 0].item() == 200 else "its kernels answer wrongly"
+    except Exception as error:  # of many kinds, by what is missing
+        return str(error).partition("\n")[0] or type(error).__name__

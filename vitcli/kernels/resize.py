@@ -38,7 +38,7 @@ def _columns(levels, facts, between, rows, count, ROWS: tl.constexpr, LANES: tl.
     table, taps, bits = tl.load(fact + 6), tl.load(fact + 7), tl.load(fact + 8)
     y = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     lane = tl.arange(0, LANES)
-    inside = lane < 3 * count
+    inside = (lane < 3 * count) & (height > 0)  # an image that is broken has neither rows nor tables
     entry = facts + table + lane // 3 * (1 + taps)
     start = tl.load(entry, mask=inside, other=0)
     sums = tl.zeros((ROWS, LANES), dtype=tl.int32)
@@ -61,7 +61,7 @@ def _rows(facts, between, images, rows, count, most, LANES: tl.constexpr):
     lane = tl.arange(0, LANES)
     inside = lane < 3 * count
     entry = facts + table + y * (1 + taps)
-    start = tl.load(entry)
+    start = tl.load(entry, mask=height > 0, other=0)
     sums = tl.zeros((LANES,), dtype=tl.int32)
     for tap in range(taps):
         row = start + tap

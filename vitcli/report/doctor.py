@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from vitcli import __version__
+from vitcli import __version__, kernels
 from vitcli.data.parallel import cores
 from vitcli.onnx import providers, tensorrt_library
 
@@ -112,6 +112,9 @@ def _torch() -> Iterator[Finding]:
             name = torch.cuda.get_device_name(index)
             yield Finding("torch", f"cuda:{index}", f"{name}, {_gib(free)} of {_gib(total)} free, {bf16}")
         yield Finding("torch", "CUDA", f"{torch.version.cuda}, driver {driver or 'unknown'}")
+        reason = kernels.why_not(torch.device("cuda"))
+        hint = "give it a C compiler and Python's headers, or set runtime.compile=false"
+        yield Finding("torch", "Triton", f"builds no kernels: {reason}; {hint}" if reason else "builds", ok=not reason)
     elif driver:
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         yield Finding("torch", "CUDA", f"driver {driver} is there, but this torch ({built}) sees no device", ok=False)
