@@ -1,4 +1,7 @@
-"""The one way from an image to the model's input, in training's evaluation, scoring, prediction and export checks."""
+"""The one way from an image to the model's input, in training's evaluation, scoring, prediction and export checks.
+
+Where other processes decode for a GPU, that does the same to the bit (handover.py).
+"""
 
 from __future__ import annotations
 
