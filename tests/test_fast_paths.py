@@ -27,8 +27,10 @@ GELU = """
 import torch
 from torch import nn
 from torch.nn import functional as F
+from vitcli.kernels import gelu as module
 from vitcli.kernels.gelu import linear_gelu
 
+module.CHUNKS = 20  # each is interpreted
 torch.manual_seed(0)
 for rows, width, hidden in ((70, 24, 300), (1100, 16, 40)):
     linear = nn.Linear(width, hidden)

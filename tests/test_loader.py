@@ -290,6 +290,7 @@ def test_processes_end_when_the_main_process_is_killed(tmp_path, folder):
         until(lambda: all(map(gone, pids)))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory is shared in another way here")
 def test_a_container_with_little_shared_memory_is_no_hindrance(tmp_path, folder):
     script = tmp_path / "script.py"
