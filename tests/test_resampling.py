@@ -26,28 +26,24 @@ from vitcli.data.preprocess import pixels, prepare
 from vitcli.data.workers import load
 from test_resampling import BROKEN, CPU, given_and_taken, noise, sample
 
-def check():
-    for sizes, res, resize, interpolation, antialias in (
-        ([(30, 22), (17, 25), (2, 3), (50, 10)], (9, 8), 10, "bilinear", True),
-        ([(25, 18), (16, 25), (2, 3), (10, 20)], (8, 9), 9, "bicubic", True),
-        ([(90, 9), (9, 30)], (7, 7), None, "bicubic", True),
-        ([(30, 22), (17, 25), (2, 3)], (6, 9), None, "bilinear", False),
-    ):
-        p = Preprocessing(res=res, resize=resize, interpolation=interpolation, antialias=antialias)
-        images = [noise(*size, seed) for seed, size in enumerate(sizes)]
-        assert torch.equal(given_and_taken(images, p), torch.stack([prepare(image, p) for image in images])), p
-    # One process, whose places are used again and again; a chunk that begins with a broken image, and two of none else.
-    p, batches = Preprocessing(res=(2, 3), resize=4), [list(range(48)), list(range(48, 99)), [99]]
-    for part, batch in zip(load(sample, Deferred(p, CPU), batches, 1), batches, strict=True):
-        whole = [number for number in batch if number not in BROKEN]
-        assert part.indices.tolist() == whole
-        images = [prepare(noise(4 + n % 9, 6, n), p) for n in whole]
-        assert torch.equal(part.images, torch.stack(images) if images else part.images[:0])
-        assert [index for index, *_ in part.bad] == [number for number in batch if number in BROKEN]
-
-if __name__ == "__main__":
-    check()
-    print("equal")
+for sizes, res, resize, interpolation, antialias in (
+    ([(30, 22), (17, 25), (2, 3), (50, 10)], (9, 8), 10, "bilinear", True),
+    ([(25, 18), (16, 25), (2, 3), (10, 20)], (8, 9), 9, "bicubic", True),
+    ([(90, 9), (9, 30)], (7, 7), None, "bicubic", True),
+    ([(30, 22), (17, 25), (2, 3)], (6, 9), None, "bilinear", False),
+):
+    p = Preprocessing(res=res, resize=resize, interpolation=interpolation, antialias=antialias)
+    images = [noise(*size, seed) for seed, size in enumerate(sizes)]
+    assert torch.equal(given_and_taken(images, p), torch.stack([prepare(image, p) for image in images])), p
+# One process, whose places are used again and again; a chunk that begins with a broken image, and two of none else.
+p, batches = Preprocessing(res=(2, 3), resize=4), [list(range(48)), list(range(48, 99)), [99]]
+for part, batch in zip(load(sample, Deferred(p, CPU), batches, 1), batches, strict=True):
+    whole = [number for number in batch if number not in BROKEN]
+    assert part.indices.tolist() == whole
+    images = [prepare(noise(4 + n % 9, 6, n), p) for n in whole]
+    assert torch.equal(part.images, torch.stack(images) if images else part.images[:0])
+    assert [index for index, *_ in part.bad] == [number for number in batch if number in BROKEN]
+print("equal")
 """
 
 

@@ -101,10 +101,10 @@ class Deferred:
 
         memory = room.numpy()
         parts = _parts(memory)[: len(images)]
-        used = _end(parts[-1])
+        used, rows = _end(parts[-1]), int(parts[:, Part._fields.index("height")].max())
         packed = torch.empty(used, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         packed.numpy()[:] = memory[:used]  # torch would call all its threads together
-        resize(packed.to(self.device, non_blocking=True), images, int(parts[:, 1].max()))
+        resize(packed.to(self.device, non_blocking=True), images, rows)
 
     @cached_property
     def _least(self) -> int:
@@ -115,7 +115,7 @@ class Deferred:
         """An image between two places, prepared if it takes up more as it is."""
         _, height, width = image.shape
         found = sides((height, width), self.p)
-        if found is None or begin + _bytes(found) > end or found[0].end - found[0].begin > MOST_ROWS:
+        if found is None or begin + _bytes(found) > end or found[0].length > MOST_ROWS:
             image, found = prepare(to_image(image), self.p), unchanged(self.p.res)
         rows, columns = found
         places = []
@@ -142,8 +142,7 @@ def _end(part: np.ndarray) -> int:
 def _bytes(of: tuple[Side, Side]) -> int:
     """What tables and pixels take up."""
     rows, columns = of
-    tables = rows.table.nbytes + columns.table.nbytes
-    return tables + _whole_words(3 * (rows.end - rows.begin) * (columns.end - columns.begin))
+    return rows.table.nbytes + columns.table.nbytes + _whole_words(3 * rows.length * columns.length)
 
 
 def _whole_words(count: int) -> int:

@@ -45,6 +45,11 @@ class Side(NamedTuple):
     table: np.ndarray
     bits: int
 
+    @property
+    def length(self) -> int:
+        """Pixels that are needed."""
+        return self.end - self.begin
+
 
 def is_known(p: Preprocessing) -> bool:
     """Whether `sides` has tables for some images."""
