@@ -1,6 +1,8 @@
 import io
 import os
 import struct
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -308,8 +310,8 @@ def _seeds():
 
 
 @st.composite
-def mutants(draw):
-    data = bytearray(draw(st.sampled_from(_SEEDS)))
+def mutants(draw, seeds=None):
+    data = bytearray(draw(st.sampled_from(seeds or _SEEDS)))
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, max(0, len(data) - 1)))
         new = draw(st.binary(max_size=12))
@@ -340,13 +342,7 @@ def test_any_bytes_give_an_image_or_bad_image(data):
 @settings(STEADY, max_examples=500, derandomize=True)
 @given(mutants())
 def test_the_short_way_to_pixels_takes_and_refuses_alike(data):
-    found = []
-    for pixels_of in (lambda: pixels(decode(data, "x.jpg")), lambda: decode_pixels(data, "x.jpg")):
-        try:
-            found.append(pixels_of().numpy().tobytes())
-        except BadImage as error:
-            found.append(str(error))
-    assert found[0] == found[1]
+    assert outcome(lambda: decode_pixels(data, "x.jpg")) == outcome(lambda: pixels(decode(data, "x.jpg")))
 
 
 @pytest.mark.slow
@@ -392,6 +388,58 @@ PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 20, 3), d
 )
 def test_the_short_way_to_pixels_gives_the_same(data):
     assert torch.equal(decode_pixels(data, "x.jpg"), pixels(decode(data)))
+
+
+def outcome(decoded):
+    """The pixels as bytes, or why there are none."""
+    try:
+        return decoded().numpy().tobytes()
+    except BadImage as error:
+        return str(error)
+
+
+JPEGS = [
+    encode(PHOTO.resize(size), "JPEG", **options)
+    for size in ((61, 83), (16, 200))
+    for options in (
+        *({"subsampling": subsampling} for subsampling in (0, 1, 2)),
+        {"restart_marker_blocks": 3},
+        {"progressive": True},
+    )
+]
+
+
+@settings(STEADY, max_examples=600, derandomize=True)
+@given(st.sampled_from(JPEGS).flatmap(lambda data: st.just(data) | mutants([data])), st.data())
+def test_what_lies_in_a_window_is_the_same_where_nothing_below_is_decoded(data, chosen):
+    boxes = []
+
+    def window(height, width):
+        left, top = chosen.draw(st.integers(0, width - 1)), chosen.draw(st.integers(0, height - 1))
+        boxes.append((left, top, chosen.draw(st.integers(left + 1, width)), chosen.draw(st.integers(top + 1, height))))
+        return boxes[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vitcli.data.images._hushed", True)  # as in a loader process
+        found = outcome(lambda: decode_pixels(data, "x.jpg", window))
+    assert len(boxes) <= 1
+    box = boxes[0] if boxes else None
+    assert found == outcome(lambda: pixels(decode(data, "x.jpg").crop(box)))
+
+
+def test_decoders_are_hushed_and_python_is_not():
+    script = """if True:
+        import ctypes, os, sys
+        from vitcli.data.images import hush_decoders
+        hush_decoders()
+        libc = ctypes.CDLL(None)
+        libc.perror(b"by a library")
+        os.write(2, b"by a library")
+        print("by Python", file=sys.stderr)
+        raise SystemExit("at the end")
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stderr.splitlines() == ["by Python", "at the end"]
 
 
 def test_the_short_way_decodes_real_images_alike(shared):

@@ -15,7 +15,7 @@ from command import gone, until
 from PIL import Image
 
 from vitcli.data import DataConfig
-from vitcli.data.handover import CHUNK, Ready
+from vitcli.data.handover import CHUNK, Decoded, Ready
 from vitcli.data.images import BadImage
 from vitcli.data.loader import eval_batches, train_batches
 from vitcli.data.parallel import METHOD
@@ -111,6 +111,19 @@ def test_the_number_of_processes_changes_nothing(damaged, workers):
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.parametrize("augment", [{}, {"crop": "random_crop", "resize": [18, 20]}])
+def test_jpegs_are_decoded_by_other_processes_as_by_this_one_and_without_a_word(tmp_path, capfd, augment):
+    """Those decode no more of a file than the crop needs, of which libjpeg would tell."""
+    chance = np.random.default_rng(0)
+    for number in range(32):
+        image = Image.fromarray(chance.integers(0, 256, (8, 5, 3), dtype=np.uint8)).resize((70 + number, 120 - number))
+        (tmp_path / f"class{number % 2}").mkdir(exist_ok=True)
+        image.save(tmp_path / f"class{number % 2}/{number}.jpg", quality=90)
+    here, there = (config(tmp_path, workers=count, augment=augment) for count in (0, 2))
+    assert equal(batches(there), batches(here))
+    assert capfd.readouterr() == ("", "")
+
+
 def evaluate(data, workers, batch=7):
     return eval_batches(data.preprocessing, data.source.open("train"), batch=batch, workers=workers)
 
@@ -157,7 +170,7 @@ def number_as_image(folder, number):
     (folder / str(number)).touch()
     while number == 0 and not (folder / "200").exists():
         time.sleep(0.01)
-    return torch.full((3, 2, 2), number % 256, dtype=torch.uint8), number, []
+    return Decoded(torch.full((3, 2, 2), number % 256, dtype=torch.uint8)), number, []
 
 
 def test_a_process_that_is_held_up_delays_no_other(tmp_path):

@@ -9,10 +9,10 @@ from interpreter import interpreted, run
 from PIL import Image
 
 from vitcli.data import DataConfig, Preprocessing
-from vitcli.data.handover import CHUNK, HEADER, Deferred
+from vitcli.data.handover import CHUNK, HEADER, Decoded, Deferred
 from vitcli.data.loader import eval_batches, train_batches
 from vitcli.data.preprocess import pixels, prepare
-from vitcli.data.resampling import Part, sides
+from vitcli.data.resampling import Part, rows_needed, sides
 
 CPU = torch.device("cpu")
 BROKEN = (0, 7, *range(32, 48), 99)
@@ -58,7 +58,13 @@ def sample(number):
     """What a loader process loads."""
     if number in BROKEN:
         return None, number, [(number, f"{number}.jpg", "broken")]
-    return pixels(noise(4 + number % 9, 6, number)), number, []
+    return Decoded(pixels(noise(4 + number % 9, 6, number))), number, []
+
+
+def decoded(image, p):
+    """The rows that count, as a loader process decodes them."""
+    x, rows = pixels(image), rows_needed((image.height, image.width), p)
+    return Decoded(x[:, :rows], image.height - rows)
 
 
 def given_and_taken(images, p):
@@ -66,7 +72,7 @@ def given_and_taken(images, p):
     handover = Deferred(p, CPU)
     room, found = torch.full(handover.room, 201, dtype=torch.uint8), handover.empty(len(images))
     for number, image in enumerate(images):
-        handover.give(room, number, pixels(image))
+        handover.give(room, number, decoded(image, p))
     handover.take(room, found)
     return found
 
@@ -115,13 +121,17 @@ def test_the_device_resizes_by_them():
 
 def test_a_chunk_has_room_for_any_images():
     p = Preprocessing(res=(224, 224), resize=256)
-    handover = Deferred(p, CPU)
+    handover, images = Deferred(p, CPU), [noise(1000, 1100 - number, number) for number in range(CHUNK)]
     room = torch.zeros(handover.room, dtype=torch.uint8)
-    for number in range(CHUNK):
-        handover.give(room, number, pixels(noise(1100 - number, 1000)))
-    parts = room[:HEADER].view(torch.int32).view(CHUNK, -1)
-    prepared = int((parts[:, Part._fields.index("height")] == 224).sum())
-    assert 0 < prepared < CHUNK
+    for number, image in enumerate(images):
+        handover.give(room, number, decoded(image, p))
+    parts = [Part(*part) for part in room[:HEADER].view(torch.int32).view(CHUNK, -1).tolist()]
+    ready = [number for number, part in enumerate(parts) if part.height == 224]
+    assert 0 < len(ready) < CHUNK
+    for number in ready:
+        begin = parts[number].pixels
+        found = room[begin : begin + 3 * 224 * 224].view(224, 224, 3).permute(2, 0, 1)
+        assert torch.equal(found, prepare(images[number], p))
 
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU the loader processes resize, too")

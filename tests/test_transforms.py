@@ -12,7 +12,7 @@ from torchvision import transforms
 
 from vitcli import rng
 from vitcli.data import Augment, DataConfig, Preprocessing, randaugment
-from vitcli.data.augment import augment, color_jitter, crop, erase, inception_box
+from vitcli.data.augment import augment, color_jitter, crop, erase, inception_box, window
 from vitcli.data.images import decode
 from vitcli.data.mix import cutmix, mix, mixup, targets_of
 from vitcli.data.preprocess import normalise, pixels, prepare, resize
@@ -34,7 +34,9 @@ def config(**data):
 
 
 def cropped(image, data, index):
-    return crop(pixels(image), data, rng.generator(0, Stream.CROP, 0, index))
+    x, chance = pixels(image), rng.generator(0, Stream.CROP, 0, index)
+    left, top, right, bottom = window(data, chance)(*x.shape[1:])
+    return crop(x[:, top:bottom, left:right], data, chance)
 
 
 def chances(count, seed=0):

@@ -13,30 +13,31 @@ import torch
 from torch import Tensor
 
 from vitcli.data import Augment, DataConfig
+from vitcli.data.images import Box, Window, whole
 from vitcli.data.prefetch import put
 from vitcli.data.preprocess import prepare, shorter_side, stretch, to_image
 from vitcli.data.randaugment import Images, blend, grey, randaugment
 from vitcli.rng import Generators
 
-Box = tuple[int, int, int, int]
 TRIES = 10  # of a rectangle to erase
 ORDERS = list(permutations(range(3)))
 
 
+def window(config: DataConfig, rng: np.random.Generator) -> Window:
+    """What of an image `crop` is to be given."""
+    how = config.augment
+    if how.crop != "inception_crop":
+        return whole
+    return lambda height, width: inception_box((width, height), how.area, how.aspect, rng)
+
+
 def crop(x: Tensor, config: DataConfig, rng: np.random.Generator) -> Tensor:
-    """An image (3, h, w) cut to the model's resolution, uint8 (3, height, width)."""
+    """What lies in an image's window (3, h, w) at the model's resolution, uint8 (3, height, width)."""
     how = config.augment
     if how.crop == "inception_crop":
-        return stretch(cut(x, config, rng), config.res, how.interpolation, how.antialias)
+        return stretch(x, config.res, how.interpolation, how.antialias)
     x = before_crop(x, config)
     return x if how.crop == "central_crop" else random_crop(x, config.res, how.pad, rng)
-
-
-def cut(x: Tensor, config: DataConfig, rng: np.random.Generator) -> Tensor:
-    """The part (3, h, w) of an image that the inception crop stretches."""
-    how = config.augment
-    left, top, right, bottom = inception_box((x.shape[2], x.shape[1]), how.area, how.aspect, rng)
-    return x[:, top:bottom, left:right]
 
 
 def before_crop(x: Tensor, config: DataConfig) -> Tensor:

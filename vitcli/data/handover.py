@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,13 @@ WORD = 4  # bytes of an int32
 HEADER = WORD * CHUNK * len(Part._fields)
 
 
+class Decoded(NamedTuple):
+    """Pixels uint8 (3, h, w) of an image, which may have more rows `below` them that do not count."""
+
+    pixels: Tensor
+    below: int = 0
+
+
 class Handover(Protocol):
     """The two ends of the memory that the processes share, for a chunk at a time; it goes to them by pickle."""
 
@@ -33,7 +40,7 @@ class Handover(Protocol):
         """The places of so many images, uint8 (count, 3, h, w)."""
         ...
 
-    def give(self, room: Tensor, number: int, image: Tensor | None) -> None:
+    def give(self, room: Tensor, number: int, image: Decoded | None) -> None:
         """By the one who loads: a chunk's images, or none, in the order of their numbers."""
         ...
 
@@ -56,9 +63,9 @@ class Ready:
     def empty(self, count: int) -> Tensor:
         return torch.empty((count, 3, *self.res), dtype=torch.uint8, pin_memory=self.pinned)
 
-    def give(self, room: Tensor, number: int, image: Tensor | None) -> None:
+    def give(self, room: Tensor, number: int, image: Decoded | None) -> None:
         if image is not None:
-            room[number].copy_(image)
+            room[number].copy_(image.pixels)
 
     def take(self, room: Tensor, images: Tensor) -> None:
         np.copyto(images.numpy(), room.numpy()[: len(images)])  # torch would call all its threads together
@@ -85,8 +92,8 @@ class Deferred:
         """The places of so many images on the device, uint8 (count, 3, *res)."""
         return torch.empty((count, 3, *self.p.res), dtype=torch.uint8, device=self.device)
 
-    def give(self, room: Tensor, number: int, image: Tensor | None) -> None:
-        """Put a decoded image (3, h, w) behind the one before it, or none."""
+    def give(self, room: Tensor, number: int, image: Decoded | None) -> None:
+        """Put an image behind the one before it, or none."""
         memory = room.numpy()  # whose small steps cost less than torch's
         parts = _parts(memory)
         begin = _end(parts[number - 1]) if number else HEADER
@@ -111,19 +118,20 @@ class Deferred:
         """Bytes that suffice for a prepared image."""
         return _bytes(unchanged(self.p.res))
 
-    def _put(self, image: Tensor, memory: np.ndarray, begin: int, end: int) -> Part:
+    def _put(self, image: Decoded, memory: np.ndarray, begin: int, end: int) -> Part:
         """An image between two places, prepared if it takes up more as it is."""
-        _, height, width = image.shape
-        found = sides((height, width), self.p)
+        x, below = image
+        found = sides((x.shape[1] + below, x.shape[2]), self.p)
         if found is None or begin + _bytes(found) > end or found[0].length > MOST_ROWS:
-            image, found = prepare(to_image(image), self.p), unchanged(self.p.res)
+            x = torch.nn.functional.pad(x, (0, 0, 0, below))
+            x, found = prepare(to_image(x), self.p), unchanged(self.p.res)
         rows, columns = found
         places = []
         for _, _, table, bits in found:
             places += [begin // WORD, table.shape[1] - 1, bits]
             memory[begin : begin + table.nbytes].view(np.int32)[:] = table.ravel()
             begin += table.nbytes
-        pixels = image.permute(1, 2, 0).numpy()[rows.begin : rows.end, columns.begin : columns.end]
+        pixels = x.permute(1, 2, 0).numpy()[rows.begin : rows.end, columns.begin : columns.end]
         memory[begin : begin + pixels.size].reshape(pixels.shape)[:] = pixels
         return Part(begin, *pixels.shape[:2], *places)
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from vitcli import kernels, rng
 from vitcli.data import DataConfig, Preprocessing, resampling
-from vitcli.data.augment import augment, crop, cut
-from vitcli.data.handover import Deferred, Handover, Ready
-from vitcli.data.images import BadImage
+from vitcli.data.augment import augment, crop, window
+from vitcli.data.handover import Decoded, Deferred, Handover, Ready
+from vitcli.data.images import BadImage, Box
 from vitcli.data.parallel import cores
 from vitcli.data.prefetch import AHEAD, Batch, ahead, put
 from vitcli.data.preprocess import prepare
@@ -112,8 +112,8 @@ def _scored_batches(
 ) -> Generator[Batch, None, None]:
     """Prepared by the processes that load them; on a GPU, where there are others, resized there to the same levels."""
     handover = _handover(preprocessing, workers, device)
-    made = _decoded if isinstance(handover, Deferred) else partial(_prepared, preprocessing)
-    sample = partial(_eval_sample, made, _for_loading(dataset))
+    made = _decoded if isinstance(handover, Deferred) else _prepared
+    sample = partial(_eval_sample, partial(made, preprocessing), _for_loading(dataset))
     places = (list(share[i : i + batch]) for i in range(0, len(share), batch))
     with closing(load(sample, handover, places, workers)) as loaded:
         for part in loaded:
@@ -126,12 +126,11 @@ def _loaded_batches(
 ) -> Generator[Batch, None, None]:
     """Decoded, cropped and augmented: on a GPU what can be of whole batches, else by the loader processes, too."""
     on_gpu, how = device.type == "cuda", data.augment
-    handover, cropped = Ready(data.res, pinned=on_gpu), crop
+    handover: Handover = Ready(data.res, pinned=on_gpu)
     if how.crop == "inception_crop":
         stretched = Preprocessing(res=data.res, resize=None, interpolation=how.interpolation, antialias=how.antialias)
         handover = _handover(stretched, workers, device)
-        cropped = cut if isinstance(handover, Deferred) else crop
-    sample = partial(_training_sample, data, _for_loading(dataset), seed, cropped)
+    sample = partial(_training_sample, data, _for_loading(dataset), seed, isinstance(handover, Ready))
     finish = partial(_augmented, data, seed)
     positions, asked = tee(list(zip(turn.tolist(), index.tolist(), strict=True)) for turn, index in order)
     with closing(load(sample, handover, asked, workers, None if on_gpu else finish)) as loaded:
@@ -182,38 +181,46 @@ def _order(
         yield turn[here][places], order[here][places]
 
 
-def _training_sample(
-    data: DataConfig, dataset: Dataset, seed: int, cropped: Callable[..., Tensor], position: tuple[int, int]
-) -> Sample:
-    """The cropped image of (turn, index), or of another index if that one is broken and may be replaced."""
+def _training_sample(data: DataConfig, dataset: Dataset, seed: int, ready: bool, position: tuple[int, int]) -> Sample:
+    """The image of (turn, index), or of another index if that one is broken and may be replaced: cropped, or if not
+    `ready` what is to be."""
     turn, index = position
     others = rng.generator(seed, Stream.REPLACE, turn, index)
     chance = rng.generator(seed, Stream.CROP, turn, index)
     bad = []
     for _ in range(TRIES if data.bad_images else 1):
         try:
-            image = dataset.pixels(index)
+            image = dataset.pixels(index, window(data, chance))
         except BadImage as error:
             bad.append((index, error.path, error.reason))
             index = int(others.integers(len(dataset)))
         else:
-            return cropped(image, data, chance), index, bad
+            return Decoded(crop(image, data, chance) if ready else image), index, bad
     return None, index, bad
 
 
-def _eval_sample(made: Callable[[Dataset, int], Tensor], dataset: Dataset, index: int) -> Sample:
+def _eval_sample(made: Callable[[Dataset, int], Decoded], dataset: Dataset, index: int) -> Sample:
     try:
         return made(dataset, index), index, []
     except BadImage as error:
         return None, index, [(index, error.path, error.reason)]
 
 
-def _decoded(dataset: Dataset, index: int) -> Tensor:
-    return dataset.pixels(index)
+def _decoded(preprocessing: Preprocessing, dataset: Dataset, index: int) -> Decoded:
+    """Down to the last row that counts."""
+    below = 0
+
+    def upper(height: int, width: int) -> Box:
+        nonlocal below
+        rows = resampling.rows_needed((height, width), preprocessing)
+        below = height - rows
+        return 0, 0, width, rows
+
+    return Decoded(dataset.pixels(index, upper), below)
 
 
-def _prepared(preprocessing: Preprocessing, dataset: Dataset, index: int) -> Tensor:
-    return prepare(dataset.image(index), preprocessing)
+def _prepared(preprocessing: Preprocessing, dataset: Dataset, index: int) -> Decoded:
+    return Decoded(prepare(dataset.image(index), preprocessing))
 
 
 def _for_loading(dataset: Dataset) -> Dataset:

@@ -66,6 +66,12 @@ def sides(size: tuple[int, int], p: Preprocessing) -> tuple[Side, Side] | None:
     return rows, columns
 
 
+def rows_needed(size: tuple[int, int], p: Preprocessing) -> int:
+    """How many rows of an image (height, width) count, from the top."""
+    found = sides(size, p)
+    return found[0].end if found else size[0]
+
+
 def unchanged(res: tuple[int, int]) -> tuple[Side, Side]:
     """Of an image that has its size already."""
     rows, columns = (_side(length, length, 0, length, None) for length in res)

@@ -15,7 +15,7 @@ from torch import Tensor
 from vitcli import rng
 from vitcli.data import DataConfig
 from vitcli.data.augment import augment, before_crop, random_crops
-from vitcli.data.handover import Ready
+from vitcli.data.handover import Decoded, Ready
 from vitcli.data.images import BadImage
 from vitcli.data.prefetch import Batch, put
 from vitcli.data.sampling import Positions
@@ -66,14 +66,13 @@ def kept_images(data: DataConfig, dataset: Dataset, device: torch.device, count:
     first, *_ = _whole_sample(data, dataset, None, 0)
     if first is None:
         return None
-    _, height, width = first.shape
+    shape = first.pixels.shape
+    _, height, width = shape
     if data.keep is None and (count <= len(dataset) or not is_small(len(dataset), (height, width))):
         return None
     images = torch.empty((len(dataset), 3, height, width), dtype=torch.uint8, device=device)
     chunks = [list(range(i, min(i + CHUNK, len(dataset)))) for i in range(0, len(dataset), CHUNK)]
-    with closing(
-        load(partial(_whole_sample, data, dataset, first.shape), Ready((height, width)), chunks, workers)
-    ) as loaded:
+    with closing(load(partial(_whole_sample, data, dataset, shape), Ready((height, width)), chunks, workers)) as loaded:
         for chunk, part in zip(chunks, loaded, strict=True):
             if part.bad:
                 _, path, reason = part.bad[0]
@@ -122,4 +121,4 @@ def _whole_sample(data: DataConfig, dataset: Dataset, shape: torch.Size | None, 
     if shape is not None and image.shape != shape:
         sizes = f"{shape[2]}x{shape[1]}: {image.shape[2]}x{image.shape[1]}"
         return None, index, [(index, dataset.path(index), f"{OTHER_SIZE} {sizes}")]
-    return image, index, []
+    return Decoded(image), index, []

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitcli.data.handover import CHUNK, Handover
+from vitcli.data.handover import CHUNK, Decoded, Handover
+from vitcli.data.images import hush_decoders
 from vitcli.data.parallel import METHOD, follow_parent, start_server_with, uninterrupted
 from vitcli.data.shared import Shared
 from vitcli.errors import DataError, UserError
@@ -34,7 +35,7 @@ ASKED = 3  # chunks that each is asked for, so that it never waits for the next
 LEAD = 8  # chunks of each that may be ahead of the batch that is due
 
 Bad = list[tuple[int, str, str]]  # index, path, reason
-Sample = tuple[Tensor | None, int, Bad]  # the image uint8 (3, h, w) or None, its index, and what was broken
+Sample = tuple[Decoded | None, int, Bad]  # an image or None, its index, and what was broken
 Finish = Callable[[Tensor, list[Any]], Tensor]  # images (b, 3, h, w) of some positions, none missing, to the same shape
 NONE = -1  # the index of no image
 Written = tuple[list[int], Bad]  # indices of images, and what was broken
@@ -223,6 +224,7 @@ def _started(write: Write, handover: Handover, count: int) -> Iterator[dict[Any,
 def _serve(write: Write, room: Tensor, link: Connection) -> None:
     """A process's life."""
     keep_freed()
+    hush_decoders()
     follow_parent()
     torch.set_num_threads(1)
     with suppress(EOFError, ConnectionError):  # the caller is gone

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from vitcli.data.images import Window
+
 Split = Literal["train", "val"]
 
 
@@ -59,13 +61,18 @@ class Dataset(ABC):
     def image(self, index: int) -> Image.Image:
         """The image, upright and RGB. Raises BadImage with file and reason."""
 
-    def pixels(self, index: int) -> Tensor:
-        """The image as uint8 (3, h, w), by the shortest way. Raises BadImage."""
-        from vitcli.data.images import decode_pixels
+    def pixels(self, index: int, window: Window | None = None) -> Tensor:
+        """The image as uint8 (3, h, w), or what of it lies in a window, by the shortest way. Raises BadImage."""
+        from vitcli.data.images import decode_pixels, whole
         from vitcli.data.preprocess import pixels
 
+        window = window or whole
         data = self.read(index)
-        return pixels(self.image(index)) if data is None else decode_pixels(data, self.path(index))
+        if data is not None:
+            return decode_pixels(data, self.path(index), window)
+        image = pixels(self.image(index))
+        left, top, right, bottom = window(*image.shape[1:])
+        return image[:, top:bottom, left:right]
 
     def read(self, index: int) -> bytes | None:
         """The file before it is decoded, or None where there is none. Raises BadImage."""
