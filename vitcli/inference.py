@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,7 +19,7 @@ from torch import Tensor
 from vitcli import checkpoint, runtime
 from vitcli.data import Preprocessing, imagenet
 from vitcli.data.images import EXTENSIONS, BadImage, decode
-from vitcli.data.prefetch import put
+from vitcli.data.prefetch import fetched, put
 from vitcli.data.preprocess import normalise, pixels, prepare
 from vitcli.errors import CheckpointError, DataError, NumericsError, UserError
 from vitcli.model.vit import ViT
@@ -71,11 +71,18 @@ class TorchPredictor:
 
         A model without pooling answers for each token; the answer for the image is their mean.
         """
+        return self._answers(images).cpu()
+
+    def ask(self, images: Tensor) -> Callable[[], Tensor]:
+        """Have the device begin with `logits`: what waits for them."""
+        return fetched(self._answers(images))
+
+    def _answers(self, images: Tensor) -> Tensor:
         training = self.model.training
         if training:  # asked first, since to tell all modules takes longer than a GPU needs for an image
             self.model.eval()
         try:
-            return self._compute(images).cpu()
+            return self._compute(images)
         finally:
             if training:
                 self.model.train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 
@@ -62,21 +63,29 @@ def score(
             neighbours=processes.neighbours,
             device=device,
         )
+    due: deque[tuple[Callable[[], Tensor], Tensor]] = deque()  # of batches that a device may be at
+
+    def add() -> None:
+        logits, labels = due.popleft()
+        tally.add(logits()[: len(labels)], labels)
+        if on_batch:
+            on_batch(tally.images + len(bad))
+
     with closing(loaded) as parts:  # pyright: ignore[reportArgumentType] (a generator, which ends its processes)
         for part in parts:
             waiting += time.monotonic() - asked
             bad |= part.get("bad", {})
             if bad and not allow_bad:
                 break
-            if len(part["labels"]):
-                logits, labels = predictor.logits(part["images"]), part["labels"]
+            if len(labels := part["labels"]):
                 done += len(labels)
-                if double and done + len(bad) == len(share) and share[-1] not in bad:
-                    logits, labels = logits[:-1], labels[:-1]
-                tally.add(logits, labels)
-            if on_batch:
-                on_batch(done + len(bad))
+                last = double and done + len(bad) == len(share) and share[-1] not in bad
+                due.append((_asked(predictor, part["images"]), labels[:-1] if last else labels))
+            if len(due) > 1:
+                add()
             asked = time.monotonic()
+    while due:
+        add()
     bad = {index: told for part in processes.all(bad) for index, told in part.items()}
     tally, *others = processes.all(tally)
     for other in others:
@@ -95,6 +104,14 @@ def _tally(predictor: Predictor, dataset: Dataset, columns: Tensor, seen: Tensor
     if dataset.multi_label:
         return MultiLabelTally(columns, predictor.thresholds)
     return OneLabelTally(columns, seen)
+
+
+def _asked(predictor: Predictor, images: Tensor) -> Callable[[], Tensor]:
+    """The logits: what waits for them, where a device is at work by itself."""
+    if isinstance(predictor, TorchPredictor):
+        return predictor.ask(images)
+    logits = predictor.logits(images)
+    return lambda: logits
 
 
 def _one_by_one(dataset: Dataset, share: Sequence[int]) -> Iterator[Batch]:

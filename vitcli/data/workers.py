@@ -1,9 +1,9 @@
 """Batches of samples made in other processes: in order, but each part by whoever is free.
 
 So a process that the machine slows down holds up no other. The images are written where the caller reads them, in
-memory that both share. The processes are forked from a server that imports torch once and knows neither the caller's
-device nor its threads (`forkserver`): a fork of the caller itself would copy both in an undefined state. They leave
-SIGINT and SIGTERM to the caller, which decides when to stop, and die with it.
+memory that both share. The processes are forked from a server that imports torch and torchvision once and knows
+neither the caller's device nor its threads (`forkserver`): a fork of the caller itself would copy both in an undefined
+state. They leave SIGINT and SIGTERM to the caller, which decides when to stop, and die with it.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def load(
 
 
 def start_server() -> None:
-    """Begin to start the process that the workers are forked from; it takes as long as importing torch."""
-    start_server_with(["vitcli.data.loader"])
+    """Begin to start the process that the workers are forked from; it takes as long as importing all that they need."""
+    start_server_with(["vitcli.data.loader", "torchvision.io"])
 
 
 class _Batch:
