@@ -13,8 +13,7 @@ from torch import Tensor
 
 from vitcli.bench.peers import PeerError
 from vitcli.data import DataConfig
-from vitcli.data.loader import MOST_WORKERS
-from vitcli.data.parallel import METHOD, cores, follow_parent
+from vitcli.data.parallel import METHOD, MOST_LOADERS, cores, follow_parent
 from vitcli.data.prefetch import put
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 
 def workers(data: DataConfig) -> int:
     """Loader processes of a peer: as the recipe says, else a core each."""
-    return min(cores(), MOST_WORKERS) if data.workers is None else data.workers
+    return min(cores(), MOST_LOADERS) if data.workers is None else data.workers
 
 
 def batches(name: str, data: DataConfig, dataset: Dataset, batch: int, device: torch.device) -> Batches:

@@ -49,13 +49,18 @@ def evaluate(
 
     vit eval --ckpt ViT-B_16.npz --data imagenet/val --json
     """
+    from vitcli.data.parallel import expect_loaders, loaders
+
+    ckpt = ckpt or newest()
+    dataset = _images_to_score(ckpt, data, separator)
+    if loaders(workers, dataset.in_memory, len(dataset)):
+        expect_loaders()  # they import torch while this process does
+
     from vitcli.inference import open_predictor
     from vitcli.report import tables
     from vitcli.scoring import score
 
-    ckpt = ckpt or newest()
     predictor = open_predictor(ckpt, device=device, provider=provider, precision=precision)
-    dataset = _images_to_score(ckpt, data, separator)
     if predictor.thresholds is not None and not dataset.multi_label:
         warning = "warning: the model finds several classes in an image, and these images have one label each"
         err.print(f"{warning}; of a table, --separator says otherwise", highlight=False, soft_wrap=True)

@@ -25,19 +25,18 @@ from vitcli.data import DataConfig, Preprocessing, resampling
 from vitcli.data.augment import augment, crop, window
 from vitcli.data.handover import Decoded, Deferred, Handover, Ready
 from vitcli.data.images import BadImage, Box
-from vitcli.data.parallel import cores
+from vitcli.data.parallel import expect_loaders, loaders
 from vitcli.data.prefetch import AHEAD, Batch, ahead, put
 from vitcli.data.preprocess import prepare
 from vitcli.data.resident import at_once, kept_batches, kept_images
 from vitcli.data.sampling import Positions, epoch_order, turns
 from vitcli.data.sources import Dataset
-from vitcli.data.workers import Loaded, Sample, load, start_server
+from vitcli.data.workers import Loaded, Sample, load
 from vitcli.errors import DataError
 from vitcli.rng import Stream
 
 TRIES = 100  # how often a replacement for one broken image is sought
-FEW, SMALL = 1000, 64  # fewer images, or small ones in memory, are loaded by this process
-MOST_WORKERS = 16  # beyond, handing over costs more than another process brings
+SMALL = 64  # pixels of a side, up to which images that are in memory are loaded by this process
 CPU = torch.device("cpu")
 
 
@@ -72,7 +71,7 @@ def train_batches(
     """
     places = range(batch) if places is None else places
     count = len(places) * (steps - start)
-    workers = _workers(data.workers, _is_easy(dataset, data.res), count, neighbours)
+    workers = loaders(data.workers, _is_easy(dataset, data.res), count, neighbours)
     order = _order(data, dataset, batch, seed, range(start, steps), list(places))
     workplace = device if device.type == "cuda" else CPU  # augmentation wants float64, which MPS has not
     kept = kept_images(data, dataset, workplace, count, workers)
@@ -80,7 +79,7 @@ def train_batches(
         together = at_once(data, len(places))  # all wait at once, so that the next are made meanwhile
         return ahead(kept_batches(data, dataset, seed, order, len(places), kept), device, max(AHEAD, together))
     if workers:
-        start_server()  # it imports torch while the caller builds a model
+        expect_loaders()  # it imports torch while the caller builds a model
     return ahead(_loaded_batches(data, dataset, seed, order, workers, workplace), device)
 
 
@@ -101,9 +100,9 @@ def eval_batches(
     smaller. Broken images are left out, never replaced: a batch that lacks some has "bad" too, as in training.
     """
     share = range(len(dataset)) if share is None else share
-    workers = _workers(workers, _is_easy(dataset, preprocessing.res), len(share), neighbours)
+    workers = loaders(workers, _is_easy(dataset, preprocessing.res), len(share), neighbours)
     if workers:
-        start_server()
+        expect_loaders()
     return ahead(_scored_batches(preprocessing, dataset, batch, share, workers, device), device)
 
 
@@ -241,12 +240,3 @@ def _labelled(part: Loaded, dataset: Dataset) -> Batch:
 
 def _is_easy(dataset: Dataset, res: tuple[int, int]) -> bool:
     return dataset.in_memory and max(res) <= SMALL
-
-
-def _workers(wanted: int | None, easy: bool, images: int, neighbours: int = 1) -> int:
-    """Loader processes: as wanted; else none where they do not pay, and otherwise this process's cores but one."""
-    if wanted is not None:
-        return wanted
-    if images < FEW or easy:
-        return 0
-    return min(max(0, cores() // neighbours - 1), MOST_WORKERS)

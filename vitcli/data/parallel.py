@@ -1,4 +1,4 @@
-"""Work shared by processes that load no torch: reading, checking and packing images."""
+"""Processes that share work, and how they are started. No torch is loaded here: much of the work goes without."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from vitcli.stop import Stop
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+FEW = 1000  # images that are fewer are loaded by the process that wants them
+MOST_LOADERS = 16  # beyond, handing over costs more than another process brings
 
 # A fork of the process itself would copy its threads in an undefined state.
 METHOD = "spawn" if sys.platform == "win32" else "forkserver"
@@ -54,6 +56,20 @@ def each(work: Callable[[Task], Result], tasks: Sequence[Task], jobs: int) -> It
         for process in processes:
             process.kill()
             process.join()
+
+
+def loaders(wanted: int | None, easy: bool, images: int, neighbours: int = 1) -> int:
+    """Loader processes: as wanted; else none where they do not pay, and otherwise this process's cores but one."""
+    if wanted is not None:
+        return wanted
+    if images < FEW or easy:
+        return 0
+    return min(max(0, cores() // neighbours - 1), MOST_LOADERS)
+
+
+def expect_loaders() -> None:
+    """Begin to start the process that they are forked from; it takes as long as importing all that they need."""
+    start_server_with(["vitcli.data.loader", "torchvision.io"])
 
 
 def start_server_with(modules: list[str]) -> None:

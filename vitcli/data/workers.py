@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vitcli.data.handover import CHUNK, Decoded, Handover
 from vitcli.data.images import hush_decoders
-from vitcli.data.parallel import METHOD, follow_parent, start_server_with, uninterrupted
+from vitcli.data.parallel import METHOD, expect_loaders, follow_parent, uninterrupted
 from vitcli.data.shared import Shared
 from vitcli.errors import DataError, UserError
 from vitcli.malloc import keep_freed
@@ -71,11 +71,6 @@ def load(
     for batch in empty:
         batch.parts[0] = write(batch.images, batch.positions)
         yield batch.whole()
-
-
-def start_server() -> None:
-    """Begin to start the process that the workers are forked from; it takes as long as importing all that they need."""
-    start_server_with(["vitcli.data.loader", "torchvision.io"])
 
 
 class _Batch:
@@ -204,7 +199,7 @@ class _Worker:
 @contextmanager
 def _started(write: Write, handover: Handover, count: int) -> Iterator[dict[Any, _Worker]]:
     """So many processes, each by its connection."""
-    start_server()
+    expect_loaders()
     crew: list[_Worker] = []
 
     def end() -> None:
