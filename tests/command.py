@@ -60,16 +60,12 @@ class Vit:
         return Said(int(ended.value.code or 0), said.out, said.err)
 
 
-def process(*args: object, cwd: Path, fault: tuple[Any, ...] = ()) -> subprocess.Popen[str]:
-    """A command as a process of its own, in which `faults.NAME(*rest)` is called first."""
-    begin = ["-m", "vitcli"]
-    if fault:
-        name, *rest = fault
-        begin = ["-c", f"import faults; faults.{name}(*{rest}); from vitcli import cli; cli.main()"]
+def process(*args: object, cwd: Path) -> subprocess.Popen[str]:
+    """A command as a process of its own."""
     places = (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, places))}
     return subprocess.Popen(
-        [sys.executable, *begin, *map(str, args)],
+        [sys.executable, "-m", "vitcli", *map(str, args)],
         cwd=cwd,
         env=environment,
         stdin=subprocess.DEVNULL,

@@ -13,7 +13,7 @@ install_import_hook("vitcli.model", "beartype.beartype")
 
 
 # Files that take longest begin first, so that the two processes end together.
-LONGEST = ("test_resume", "test_readme", "test_commands", "test_processes")
+LONGEST = ("test_commands", "test_readme", "test_processes", "test_resume")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

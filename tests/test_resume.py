@@ -27,17 +27,16 @@ def undisturbed(tmp_path_factory) -> Path:
     return folder / "run"
 
 
-def start(folder: Path, fault: tuple = ()):
+def words(folder: Path) -> list[str]:
     """The command, or its resumption where the run has begun."""
     begun = (folder / "run" / "recipe.resolved.yaml").exists()
-    words = ["--resume", "run"] if begun else [*RECIPE, "--run", "run"]
-    return process("pretrain", *words, cwd=folder, fault=fault)
+    return ["pretrain", *(["--resume", "run"] if begun else [*RECIPE, "--run", "run"])]
 
 
 def killed(folder: Path, moments: list[float]) -> None:
     """Kill -9 at these times after a start that has come as far as training, then let it finish."""
     for moment in moments:
-        started = start(folder)
+        started = process(*words(folder), cwd=folder)
         log = folder / "run" / "train.log"
         before = log.stat().st_size if log.exists() else 0
         while started.poll() is None and not (log.exists() and log.stat().st_size > before):
@@ -45,7 +44,7 @@ def killed(folder: Path, moments: list[float]) -> None:
         time.sleep(moment)
         started.kill()
         started.communicate()
-    said = finish(start(folder))
+    said = finish(process(*words(folder), cwd=folder))
     assert said.code == 0, said.err
 
 
@@ -63,19 +62,19 @@ def test_killed_twenty_times(undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signal_saves_and_says_how_to_go_on(undisturbed, tmp_path, number, code):
-    started = start(tmp_path, fault=("held", 9))
+def test_signal_saves_and_says_how_to_go_on(zygote, undisturbed, tmp_path, number, code):
+    started = zygote.begin(tmp_path, *words(tmp_path), fault=("held", 9))
     until((tmp_path / "run" / "metrics.jsonl").exists)
-    started.send_signal(number)
+    os.kill(started, number)
     (tmp_path / "go").touch()
-    said = finish(started)
+    said = zygote.finish(tmp_path, started)
     assert said.code == code
     assert "hint: vit pretrain --resume run" in said.err
     steps = [int(folder.name[5:]) for folder in (tmp_path / "run" / "checkpoints").iterdir()]
     assert f"after step {max(steps)} of {STEPS}" in said.err
     assert max(steps) < STEPS
     assert not (tmp_path / "run" / "last").exists()
-    assert finish(start(tmp_path)).code == 0
+    assert zygote(tmp_path, *words(tmp_path)).code == 0
     assert content(tmp_path / "run") == content(undisturbed)
 
 
@@ -88,7 +87,7 @@ def test_signal_saves_and_says_how_to_go_on(undisturbed, tmp_path, number, code)
         pytest.param("state.json", marks=pytest.mark.slow),
     ],
 )
-def test_damaged_newest_checkpoint_is_passed_over(undisturbed, tmp_path, name):
+def test_damaged_newest_checkpoint_is_passed_over(zygote, undisturbed, tmp_path, name):
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
     shutil.rmtree(run / "last")
@@ -96,56 +95,56 @@ def test_damaged_newest_checkpoint_is_passed_over(undisturbed, tmp_path, name):
     damaged = bytearray(newest.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     newest.write_bytes(damaged)
-    said = finish(start(tmp_path))
+    said = zygote(tmp_path, *words(tmp_path))
     assert said.code == 0
     assert f"step_{STEPS:08d}" in said.err
     assert "warning" in said.err
     assert content(run) == content(undisturbed)
 
 
-def test_no_whole_checkpoint_left(undisturbed, tmp_path):
+def test_no_whole_checkpoint_left(zygote, undisturbed, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
     for folder in (run / "checkpoints").iterdir():
         (folder / "model.safetensors").write_bytes(b"")
-    said = finish(start(tmp_path))
+    said = zygote(tmp_path, *words(tmp_path))
     assert said.code == 4
     assert "no checkpoint of this run is whole" in said.err
 
 
-def test_one_process_a_run_folder(undisturbed, tmp_path):
+def test_one_process_a_run_folder(zygote, undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
     for left in ("checkpoints", "last"):
         shutil.rmtree(tmp_path / "run" / left)
-    first = start(tmp_path, fault=("held", 0))
+    first = zygote.begin(tmp_path, *words(tmp_path), fault=("held", 0))
     until((tmp_path / "run" / "checkpoints").exists)
-    second = finish(start(tmp_path))
+    second = zygote(tmp_path, *words(tmp_path))
     (tmp_path / "go").touch()
     assert second.code == 7
-    assert f"process {first.pid}" in second.err
-    assert finish(first).code == 0
+    assert f"process {first}" in second.err
+    assert zygote.finish(tmp_path, first).code == 0
 
 
-def test_other_data_is_refused(undisturbed, tmp_path):
+def test_other_data_is_refused(zygote, undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
     environment = tmp_path / "run" / "env.json"
     environment.write_text(json.dumps(json.loads(environment.read_text()) | {"data": "other"}))
-    said = finish(start(tmp_path))
+    said = zygote(tmp_path, *words(tmp_path))
     assert said.code == 4
     assert "not those that the run began with" in said.err
 
 
-def test_a_fine_tuning_killed_before_its_first_checkpoint_starts_from_its_weights_again(undisturbed, tmp_path):
+def test_a_fine_tuning_killed_before_its_first_checkpoint_starts_from_its_weights_again(zygote, undisturbed, tmp_path):
     tuning = sets(
         "data.source=digits", "batch=64", "steps=4", "optim.warmup_steps=1", "runtime.threads=1", "log_every=1"
     )
     command = ["finetune", "--ckpt", undisturbed, "--res", "8", *tuning, *sets("runtime.precision=fp32")]
-    assert finish(process(*command, "--run", "whole", cwd=tmp_path)).code == 0
-    assert finish(process(*command, "--run", "run", cwd=tmp_path)).code == 0
+    assert zygote(tmp_path, *command, "--run", "whole").code == 0
+    assert zygote(tmp_path, *command, "--run", "run").code == 0
     for left in ("checkpoints", "best", "last"):
         shutil.rmtree(tmp_path / "run" / left)
     (tmp_path / "run" / "metrics.jsonl").unlink()
-    said = finish(start(tmp_path))
+    said = zygote(tmp_path, *words(tmp_path))
     assert said.code == 0, said.err
     assert "starting from" in said.err
     ended = [(tmp_path / name / "last" / "model.safetensors").read_bytes() for name in ("whole", "run")]
