@@ -131,6 +131,13 @@ def test_newest_finished_run_is_taken_and_said(vit, run, digits, monkeypatch):
     assert len(said.out.splitlines()) == 1
 
 
+@pytest.mark.parametrize("data", [(), ("--data", "nowhere")])
+def test_a_checkpoint_that_is_not_there_is_told_first(vit, data):
+    said = vit("eval", "--ckpt", "nope", *data)
+    assert said.code == 4
+    assert said.err.startswith("error: nope does not exist\nhint: --ckpt takes a run folder")
+
+
 def test_without_a_run(vit):
     said = vit("eval")
     assert said.code == 4

@@ -275,6 +275,29 @@ def test_checkpointed_blocks_have_the_same_gradients_and_keep_less():
     assert kept[1] < kept[0] / 2
 
 
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="it needs a GPU")
+
+
+@pytest.mark.parametrize(
+    ("device", "compiled"),
+    [("cpu", False), pytest.param("cuda", False, marks=on_gpu), pytest.param("cuda", True, marks=on_gpu)],
+)
+def test_answers_that_are_asked_for_early_are_those_of_their_images(unchecked, device, compiled):
+    model = ViTConfig.parse(TINY).build(10, (16, 16)).eval()
+    nn.init.normal_(model.head.weight)
+    started = runtime.start(RuntimeConfig.parse({"device": device, "precision": "fp32", "compile": compiled}))
+    classes = tuple(map(str, range(10)))
+    predictor = TorchPredictor(started.prepare(model), classes, Preprocessing.parse({"res": 16}), started, "test")
+    batches = torch.randint(0, 256, (70, 3, 16, 16), dtype=torch.uint8).split(8)
+    expected = [predictor.logits(images) for images in batches]
+    asked = predictor.ask(batches[0])
+    for number, images in enumerate(batches[1:]):
+        earlier, asked = asked, predictor.ask(images)
+        assert torch.equal(earlier(), expected[number])
+    assert torch.equal(asked(), expected[-1])
+    assert not torch.equal(expected[0], expected[1])
+
+
 def test_batches_that_are_filled_up_answer_the_same():
     model = ViTConfig.parse(TINY).build(10, (16, 16)).eval()
     nn.init.normal_(model.head.weight)

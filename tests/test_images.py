@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vitcli.data.images import BadImage, decode, decode_pixels
+from vitcli.data.jpeg import upper_rows, usual_frame
 from vitcli.data.preprocess import pixels
 from vitcli.errors import DataError, StorageError
 
@@ -398,6 +399,12 @@ def outcome(decoded):
         return str(error)
 
 
+def without_its_last_scans(data):
+    """A progressive JPEG that was interrupted: its decoder smooths what it does not know."""
+    scans = [at for at in range(len(data)) if data[at : at + 2] == b"\xff\xda"]
+    return data[: scans[3]] + b"\xff\xd9"
+
+
 JPEGS = [
     encode(PHOTO.resize(size), "JPEG", **options)
     for size in ((61, 83), (16, 200))
@@ -407,6 +414,7 @@ JPEGS = [
         {"progressive": True},
     )
 ]
+JPEGS.append(without_its_last_scans(encode(PHOTO.resize((61, 83)), "JPEG", progressive=True)))
 
 
 @settings(STEADY, max_examples=600, derandomize=True)
@@ -427,6 +435,18 @@ def test_what_lies_in_a_window_is_the_same_where_nothing_below_is_decoded(data, 
     assert found == outcome(lambda: pixels(decode(data, "x.jpg").crop(box)))
 
 
+def test_below_a_window_nothing_is_decoded_of_which_libjpeg_tells(monkeypatch, capfd):
+    def upper(height, width):
+        return 0, 0, width, 20
+
+    decode_pixels(JPEGS[0], "x.jpg", upper)
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr("vitcli.data.images._hushed", True)
+    decode_pixels(JPEGS[0], "x.jpg", upper)
+    assert "extraneous bytes" in capfd.readouterr().err
+    assert decode(bytes(upper_rows(JPEGS[0], usual_frame(JPEGS[0]), 20))).size == (61, 21)
+
+
 def test_decoders_are_hushed_and_python_is_not():
     script = """if True:
         import ctypes, os, sys
@@ -435,11 +455,11 @@ def test_decoders_are_hushed_and_python_is_not():
         libc = ctypes.CDLL(None)
         libc.perror(b"by a library")
         os.write(2, b"by a library")
-        print("by Python", file=sys.stderr)
+        print("by Python, \\udce9", file=sys.stderr)
         raise SystemExit("at the end")
     """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stderr.splitlines() == ["by Python", "at the end"]
+    assert done.stderr.splitlines() == ["by Python, \\udce9", "at the end"]
 
 
 def test_the_short_way_decodes_real_images_alike(shared):

@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -112,16 +113,48 @@ def test_the_number_of_processes_changes_nothing(damaged, workers):
 
 
 @pytest.mark.parametrize("augment", [{}, {"crop": "random_crop", "resize": [18, 20]}])
-def test_jpegs_are_decoded_by_other_processes_as_by_this_one_and_without_a_word(tmp_path, capfd, augment):
-    """Those decode no more of a file than the crop needs, of which libjpeg would tell."""
-    chance = np.random.default_rng(0)
+def test_jpegs_are_decoded_by_other_processes_as_by_this_one(jpegs, augment):
+    """Those decode no more of a file than the crop needs."""
+    here, there = (config(jpegs, workers=count, augment=augment) for count in (0, 2))
+    assert equal(batches(there), batches(here))
+
+
+@pytest.fixture(scope="module")
+def jpegs(tmp_path_factory):
+    root, chance = tmp_path_factory.mktemp("jpegs"), np.random.default_rng(0)
     for number in range(32):
         image = Image.fromarray(chance.integers(0, 256, (8, 5, 3), dtype=np.uint8)).resize((70 + number, 120 - number))
-        (tmp_path / f"class{number % 2}").mkdir(exist_ok=True)
-        image.save(tmp_path / f"class{number % 2}/{number}.jpg", quality=90)
-    here, there = (config(tmp_path, workers=count, augment=augment) for count in (0, 2))
-    assert equal(batches(there), batches(here))
-    assert capfd.readouterr() == ("", "")
+        (root / f"class{number % 2}").mkdir(exist_ok=True)
+        image.save(root / f"class{number % 2}/{number}.jpg", quality=90)
+    return root
+
+
+LOADING = """
+import sys
+from vitcli.commands.console import open_standard_streams
+from vitcli.data import DataConfig
+from vitcli.data.loader import train_batches
+
+if __name__ == "__main__":
+    open_standard_streams()
+    data = DataConfig.parse({"source": {"name": "folder", "path": sys.argv[1]}, "res": 16, "workers": 2})
+    found = train_batches(data, data.source.open("train"), batch=16, seed=0, start=0, steps=2)
+    print(sum(len(batch["images"]) for batch in found))
+"""
+
+
+@pytest.mark.parametrize("circumstance", ["usual", "stderr closed", "torchvision for another torch"])
+def test_other_processes_load_without_a_word(jpegs, tmp_path, circumstance):
+    (tmp_path / "loading.py").write_text(LOADING)
+    if circumstance.startswith("torchvision"):
+        (tmp_path / "torchvision").mkdir()
+        (tmp_path / "torchvision/__init__.py").write_text("raise RuntimeError('operator nms does not exist')")
+    closed = " 2>&-" if circumstance.startswith("stderr") else ""
+    command = f"{shlex.join([sys.executable, 'loading.py', str(jpegs)])}{closed}"
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("32\n", "")
 
 
 def evaluate(data, workers, batch=7):

@@ -47,16 +47,21 @@ class Trained:
     thresholds: tuple[float, ...] | None = None
 
 
+def must_exist(path: Path) -> None:
+    """Raises CheckpointError where nothing is."""
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} does not exist", "--ckpt takes a run folder, a checkpoint folder or a file of weights"
+        )
+
+
 def load(path: Path) -> Trained:
     """The model of a run folder, of one of its checkpoints, or of a foreign file.
 
     Of a run, the best weights, or the newest where nothing was scored. Raises CheckpointError for a missing, damaged
     or unknown file.
     """
-    if not path.exists():
-        raise CheckpointError(
-            f"{path} does not exist", "--ckpt takes a run folder, a checkpoint folder or a file of weights"
-        )
+    must_exist(path)
     if not (path.is_file() or path.is_dir()):
         raise CheckpointError(f"{path} is a device or a pipe, not a file")
     own = _own_folder(path)

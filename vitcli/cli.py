@@ -49,4 +49,5 @@ def _vit(version: Annotated[bool, Option("--version", help="Print the version.")
 
 def main() -> None:
     """The console command."""
+    console.open_standard_streams()
     console.run(app)

@@ -68,8 +68,6 @@ def score(
     def add() -> None:
         logits, labels = due.popleft()
         tally.add(logits()[: len(labels)], labels)
-        if on_batch:
-            on_batch(tally.images + len(bad))
 
     with closing(loaded) as parts:  # pyright: ignore[reportArgumentType] (a generator, which ends its processes)
         for part in parts:
@@ -79,13 +77,17 @@ def score(
                 break
             if len(labels := part["labels"]):
                 done += len(labels)
-                last = double and done + len(bad) == len(share) and share[-1] not in bad
-                due.append((_asked(predictor, part["images"]), labels[:-1] if last else labels))
+                again = double and done + len(bad) == len(share) and share[-1] not in bad
+                due.append((_asked(predictor, part["images"]), labels[: len(labels) - again]))
             if len(due) > 1:
                 add()
+            if on_batch:
+                on_batch(tally.images + len(bad))
             asked = time.monotonic()
-    while due:
+    if due:
         add()
+    if on_batch:
+        on_batch(tally.images + len(bad))
     bad = {index: told for part in processes.all(bad) for index, told in part.items()}
     tally, *others = processes.all(tally)
     for other in others:

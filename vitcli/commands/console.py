@@ -50,6 +50,13 @@ def _printable(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
+def open_standard_streams() -> None:
+    """Where stdin, stdout or stderr is closed, what is opened next would take its place, and be written to."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+
+
 def run(app: typer.Typer) -> None:
     """Run a command, and turn every expected failure into one error line and an exit code."""
     if os.environ.get("VIT_DEBUG"):

@@ -49,11 +49,13 @@ def evaluate(
 
     vit eval --ckpt ViT-B_16.npz --data imagenet/val --json
     """
+    from vitcli import checkpoint
     from vitcli.data.parallel import expect_loaders, loaders
 
     ckpt = ckpt or newest()
+    checkpoint.must_exist(ckpt)
     dataset = _images_to_score(ckpt, data, separator)
-    if loaders(workers, dataset.in_memory, len(dataset)):
+    if ckpt.suffix.lower() != ".onnx" and loaders(workers, dataset.in_memory, len(dataset)):
         expect_loaders()  # they import torch while this process does
 
     from vitcli.inference import open_predictor

@@ -13,7 +13,6 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -88,10 +87,8 @@ def decode_pixels(data: bytes, name: str, window: Window = whole) -> Tensor:
 
     frame = usual_frame(data)
     box = window(frame.height, frame.width) if frame else None
-    image = None
-    if frame or _is_common_jpeg(data, name):
-        rows = box[3] if box and _hushed else None
-        image = _by_torchvision(upper_rows(data, frame, rows) if frame and rows else bytearray(data))
+    jpeg = upper_rows(data, frame, box[3]) if frame and box and _hushed else bytearray(data)
+    image = _by_torchvision(jpeg) if frame or _is_common_jpeg(data, name) else None
     if image is None:
         image = pixels(_decode(BytesIO(data), name))
     left, top, right, bottom = box or window(*image.shape[1:])
@@ -99,10 +96,10 @@ def decode_pixels(data: bytes, name: str, window: Window = whole) -> Tensor:
 
 
 def hush_decoders() -> None:
-    """From now on what C libraries print on stderr goes nowhere; what Python prints there does not change."""
+    """From now on what is not Python's own goes nowhere on stderr, be it a library's last words."""
     global _hushed
     if not _hushed:
-        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 2)
         os.close(nowhere)
@@ -113,14 +110,10 @@ _hushed = False
 
 
 def _by_torchvision(jpeg: bytearray) -> Tensor | None:
-    import torch
+    with _quiet:
+        from vitcli.data.decoder import by_torchvision
 
-    # Its successor to come is torchcodec, of which it warns; PIL does it where it is gone, and says what is wrong.
-    with _quiet, suppress(ImportError, RuntimeError):
-        from torchvision.io import ImageReadMode, decode_jpeg
-
-        return decode_jpeg([torch.frombuffer(jpeg, dtype=torch.uint8)], mode=ImageReadMode.RGB)[0]
-    return None
+        return by_torchvision(jpeg)
 
 
 def _is_common_jpeg(data: bytes, name: str) -> bool:

@@ -10,7 +10,7 @@ USUAL_PIXELS, USUAL_ASPECT = 4_000_000, 10
 # and comments; JFIF, colour profiles and Adobe by their kinds and names, of at least so many bytes.
 _SCAN, _FRAMES, _TABLES = 0xDA, frozenset({0xC0, 0xC1, 0xC2}), frozenset({0xDB, 0xC4, 0xDD, 0xFE})
 _NAMED = {(0xE0, b"JFIF\0"): 16, (0xE2, b"ICC_PROFILE\0"): 16, (0xEE, b"Adobe"): 14}
-_PROGRESSIVE = 0xC2
+_PROGRESSIVE = 0xC2  # where scans are missing, libjpeg smooths across rows
 _BELOW = 1  # rows that count for those above: where chroma is halved, it is interpolated
 
 

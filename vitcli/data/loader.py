@@ -185,9 +185,9 @@ def _training_sample(data: DataConfig, dataset: Dataset, seed: int, ready: bool,
     `ready` what is to be."""
     turn, index = position
     others = rng.generator(seed, Stream.REPLACE, turn, index)
-    chance = rng.generator(seed, Stream.CROP, turn, index)
     bad = []
     for _ in range(TRIES if data.bad_images else 1):
+        chance = rng.generator(seed, Stream.CROP, *position)
         try:
             image = dataset.pixels(index, window(data, chance))
         except BadImage as error:

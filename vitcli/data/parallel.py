@@ -69,7 +69,7 @@ def loaders(wanted: int | None, easy: bool, images: int, neighbours: int = 1) ->
 
 def expect_loaders() -> None:
     """Begin to start the process that they are forked from; it takes as long as importing all that they need."""
-    start_server_with(["vitcli.data.loader", "torchvision.io"])
+    start_server_with(["vitcli.data.loader", "vitcli.data.decoder"])
 
 
 def start_server_with(modules: list[str]) -> None:

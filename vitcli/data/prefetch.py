@@ -28,12 +28,11 @@ def fetched(tensor: Tensor) -> Callable[[], Tensor]:
     if not tensor.is_cuda:
         return tensor.cpu
     there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
+    arrived = torch.cuda.current_stream(tensor.device).record_event()
 
     def wait() -> Tensor:
         arrived.synchronize()
-        return there.clone()  # whoever keeps it does not keep pinned memory
+        return torch.from_numpy(there.numpy().copy())  # whoever keeps it does not keep pinned memory
 
     return wait
 

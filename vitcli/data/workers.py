@@ -218,9 +218,9 @@ def _started(write: Write, handover: Handover, count: int) -> Iterator[dict[Any,
 
 def _serve(write: Write, room: Tensor, link: Connection) -> None:
     """A process's life."""
+    follow_parent()
     keep_freed()
     hush_decoders()
-    follow_parent()
     torch.set_num_threads(1)
     with suppress(EOFError, ConnectionError):  # the caller is gone
         while True:
