@@ -62,12 +62,10 @@ class Vit:
 
 def process(*args: object, cwd: Path) -> subprocess.Popen[str]:
     """A command as a process of its own."""
-    places = (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, places))}
     return subprocess.Popen(
         [sys.executable, "-m", "vitcli", *map(str, args)],
         cwd=cwd,
-        env=environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

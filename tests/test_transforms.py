@@ -13,7 +13,7 @@ from torchvision import transforms
 from vitcli import rng
 from vitcli.data import Augment, DataConfig, Preprocessing, randaugment
 from vitcli.data.augment import augment, color_jitter, crop, erase, inception_box, window
-from vitcli.data.images import decode
+from vitcli.data.images import cut, decode
 from vitcli.data.mix import cutmix, mix, mixup, targets_of
 from vitcli.data.preprocess import normalise, pixels, prepare, resize
 from vitcli.rng import Generators, Stream
@@ -35,8 +35,7 @@ def config(**data):
 
 def cropped(image, data, index):
     x, chance = pixels(image), rng.generator(0, Stream.CROP, 0, index)
-    left, top, right, bottom = window(data, chance)(*x.shape[1:])
-    return crop(x[:, top:bottom, left:right], data, chance)
+    return crop(cut(x, window(data, chance)(*x.shape[1:])), data, chance)
 
 
 def chances(count, seed=0):

@@ -87,11 +87,19 @@ def decode_pixels(data: bytes, name: str, window: Window = whole) -> Tensor:
 
     frame = usual_frame(data)
     box = window(frame.height, frame.width) if frame else None
-    jpeg = upper_rows(data, frame, box[3]) if frame and box and _hushed else bytearray(data)
-    image = _by_torchvision(jpeg) if frame or _is_common_jpeg(data, name) else None
+    image = None
+    if frame or _is_common_jpeg(data, name):
+        from vitcli.data.decoder import by_torchvision
+
+        image = by_torchvision(upper_rows(data, frame, box[3]) if frame and box and _hushed else bytearray(data))
     if image is None:
         image = pixels(_decode(BytesIO(data), name))
-    left, top, right, bottom = box or window(*image.shape[1:])
+    return cut(image, box or window(*image.shape[1:]))
+
+
+def cut(image: Tensor, box: Box) -> Tensor:
+    """What of an image (3, h, w) lies in a box."""
+    left, top, right, bottom = box
     return image[:, top:bottom, left:right]
 
 
@@ -109,19 +117,12 @@ def hush_decoders() -> None:
 _hushed = False
 
 
-def _by_torchvision(jpeg: bytearray) -> Tensor | None:
-    with _quiet:
-        from vitcli.data.decoder import by_torchvision
-
-        return by_torchvision(jpeg)
-
-
 def _is_common_jpeg(data: bytes, name: str) -> bool:
     """Whether PIL says of a JPEG that is not cut short that it is RGB and upright."""
     if not is_whole(data):
         return False
     try:
-        with _quiet, Image.open(BytesIO(data), formats=("JPEG",)) as image:
+        with quiet, Image.open(BytesIO(data), formats=("JPEG",)) as image:
             _check_size(image, name)
             return (image.format, image.mode) == ("JPEG", "RGB") and image.getexif().get(_ORIENTATION, 1) == 1
     except BadImage:
@@ -156,7 +157,7 @@ def _open(path: str) -> BinaryIO:
 
 def _decode(file: BinaryIO, name: str) -> Image.Image:
     try:
-        with _quiet, Image.open(file, formats=FORMATS) as image:
+        with quiet, Image.open(file, formats=FORMATS) as image:
             _check_size(image, name)
             image.load()
             return _upright(_rgb(image, name), image)
@@ -190,7 +191,7 @@ class _Quiet:
                 self._filters.__exit__(*error)
 
 
-_quiet = _Quiet()
+quiet = _Quiet()
 
 
 def _check_size(image: Image.Image, name: str) -> None:

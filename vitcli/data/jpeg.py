@@ -31,7 +31,8 @@ def is_whole(data: bytes) -> bool:
 def usual_frame(data: bytes) -> Frame | None:
     """The frame of a whole JPEG that says by its segments that it is RGB, of a usual size and shape, and has no EXIF.
 
-    PIL needs 0.12 ms to say so where this needs 0.03 and decoding 1.4 (ImageNet's files, AMD EPYC, 2026-11-27).
+    PIL needs 0.027 ms to say so where this needs 0.006 and decoding 1.2 (91 of ImageNet's files, again and again,
+    on one core of an AMD EPYC, 2026-11-27).
     """
     if not is_whole(data):
         return None

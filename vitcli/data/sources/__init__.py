@@ -63,7 +63,7 @@ class Dataset(ABC):
 
     def pixels(self, index: int, window: Window | None = None) -> Tensor:
         """The image as uint8 (3, h, w), or what of it lies in a window, by the shortest way. Raises BadImage."""
-        from vitcli.data.images import decode_pixels, whole
+        from vitcli.data.images import cut, decode_pixels, whole
         from vitcli.data.preprocess import pixels
 
         window = window or whole
@@ -71,8 +71,7 @@ class Dataset(ABC):
         if data is not None:
             return decode_pixels(data, self.path(index), window)
         image = pixels(self.image(index))
-        left, top, right, bottom = window(*image.shape[1:])
-        return image[:, top:bottom, left:right]
+        return cut(image, window(*image.shape[1:]))
 
     def read(self, index: int) -> bytes | None:
         """The file before it is decoded, or None where there is none. Raises BadImage."""
