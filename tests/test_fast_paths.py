@@ -59,7 +59,7 @@ def results(attention, qkv, x, weights, heads):
     return answer, *torch.autograd.grad((answer * weights).sum(), (x, qkv.weight, qkv.bias))
 
 torch.manual_seed(0)
-for batch, tokens, width, heads in ((1, 197, 64, 2), (2, 50, 64, 1), (1, 7, 32, 1)):
+for batch, tokens, width, heads in ((1, 197, 64, 1), (1, 131, 64, 2), (2, 50, 64, 1), (1, 7, 32, 1)):
     qkv = nn.Linear(width, 3 * width)
     nn.init.normal_(qkv.bias)
     x, weights = 3 * torch.randn(batch, tokens, width), torch.randn(batch, tokens, width)
@@ -239,7 +239,10 @@ def test_packed_attention_is_for_gpus():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels as a GPU runs them")
-@pytest.mark.parametrize(("tokens", "width", "heads"), [(197, 768, 12), (64, 256, 4), (257, 1280, 20), (50, 96, 3)])
+@pytest.mark.parametrize(
+    ("tokens", "width", "heads"),
+    [(197, 768, 12), (64, 256, 4), (128, 64, 1), (129, 384, 6), (256, 128, 2), (257, 1280, 20), (50, 96, 3)],
+)
 def test_packed_attention_trains_as_torchs_does(tokens, width, heads):
     started = runtime.start(RuntimeConfig.parse({"device": "cuda", "precision": "bf16", "compile": False}))
     images, found = torch.randn(4, tokens, width, device="cuda"), []
