@@ -13,6 +13,7 @@ from command import TINY, content, gone, sets, until
 from zygote import RECIPE, RESUME
 
 from vitcli import checkpoint
+from vitcli.data import workers
 
 
 def goes_on(zygote, folder, undisturbed):
@@ -165,23 +166,34 @@ def children(pid):
 
 
 def lost_loader(zygote, folder, photos, number):
-    """A loader process gets a signal in the midst of training: what the command says, and that nothing is left."""
+    """Loader processes get a signal in the midst of training, one after the other until it ends: what the command
+    says, and that nothing is left."""
     source = f"data.source={{name: folder, path: {photos}}}"
     length = "steps=100000", "eval_every=100000", "log_every=1"
     words = [*sets(*TINY, source, "data.classes=2", "data.workers=2", "batch=16", *length), "--run", "run"]
     pid = zygote.begin(folder, "pretrain", "quickstart", *words, fault=("hasty_loader", 5))
     log = folder / "run/metrics.jsonl"
     until(log.exists)
-    loaders = [grandchild for child in children(pid) for grandchild in children(child)]
-    assert len(loaders) == 2
-    if number == signal.SIGSTOP:
-        os.kill(pid, signal.SIGUSR1)
+    seen = set()
+    for lost in range(1 if number == signal.SIGSTOP else workers.SPARE + 1):
+        loaders = [grandchild for child in children(pid) for grandchild in children(child)]
+        assert len(loaders) == 2
+        seen |= set(loaders)
+        if lost == 0 and number == signal.SIGSTOP:
+            os.kill(pid, signal.SIGUSR1)
         size = log.stat().st_size
-        until(lambda: log.stat().st_size > size + 1000)
-    os.kill(loaders[0], number)
+        until(lambda size=size: log.stat().st_size > size + 1000)
+        os.kill(loaders[0], number)
+        if number == signal.SIGKILL and lost < workers.SPARE:
+            until(
+                lambda lost=lost: (
+                    (folder / "run/train.log").read_text().count("1 loader processes were killed and replaced")
+                    == lost + 1
+                )
+            )
     said = zygote.finish(folder, pid)
     assert said.code == 3, said.err
-    for left in loaders:
+    for left in seen:
         with pytest.raises(ProcessLookupError):
             os.kill(left, 0)
     return said.err
@@ -190,10 +202,10 @@ def lost_loader(zygote, folder, photos, number):
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (signal.SIGKILL, "a loader process was killed"),
+        (signal.SIGKILL, "loader processes were killed"),
         (signal.SIGSTOP, "the loader processes gave nothing for 5 seconds"),
     ],
     ids=["killed", "hung"],
 )
-def test_a_lost_loader_process_ends_training_with_a_line(zygote, photos, tmp_path, number, message):
+def test_lost_loader_processes_end_training_with_a_line(zygote, photos, tmp_path, number, message):
     assert message in lost_loader(zygote, tmp_path, photos, number)

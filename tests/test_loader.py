@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from itertools import count
 
 import numpy as np
 import pytest
@@ -273,16 +274,44 @@ def test_evaluation_leaves_broken_images_out_and_names_them(damaged):
     assert all(f"class0/{index:02}.png: not an image" in wrong for index, wrong in bad.items())
 
 
-def test_a_killed_process_is_an_error_not_a_hang(folder):
-    data = config(folder, workers=2)
-    running = train_batches(data, data.source.open("train"), batch=8, seed=0, start=0, steps=100_000)
-    next(running)
-    worker = multiprocessing.active_children()[0]
-    assert worker.pid
-    os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(DataError, match="was killed") as caught:
-        list(zip(running, range(100_000), strict=False))
+def training(folder, workers):
+    data = config(folder, workers=workers, augment={"crop": "inception_crop"})
+    return train_batches(data, data.source.open("train"), batch=8, seed=0, start=0, steps=100_000)
+
+
+def kill_one():
+    process = multiprocessing.active_children()[0]
+    assert process.pid
+    os.kill(process.pid, signal.SIGKILL)
+
+
+def test_what_killed_processes_were_asked_for_others_do(folder):
+    running, killed = training(folder, workers=2), 0
+    for number, expected in zip(range(200), training(folder, workers=0), strict=False):
+        if number in (1, 60, 120):
+            kill_one()
+        batch = next(running)
+        killed += batch.get("killed", 0)
+        assert torch.equal(batch["images"], expected["images"])
+        assert torch.equal(batch["labels"], expected["labels"])
+    assert killed == 3
+    assert len(multiprocessing.active_children()) == 2
+    running.close()
+
+
+def test_processes_that_are_killed_again_and_again_are_an_error_not_a_hang(folder):
+    running, turns = training(folder, workers=2), count()
+
+    def go_on():
+        for number in turns:
+            next(running)
+            if number % 50 == 0:
+                kill_one()
+
+    with pytest.raises(DataError, match="were killed") as caught:
+        go_on()
     assert "data.workers" in caught.value.hint
+    assert 150 < next(turns) < 250
     assert multiprocessing.active_children() == []
 
 

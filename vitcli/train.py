@@ -121,6 +121,8 @@ def fit(
             batch = next(batches)
             meter.wait(time.monotonic() - asked)
             meter.replaced(batch.pop("bad", {}))
+            if killed := batch.pop("killed", 0):
+                progress.note(f"warning: {killed} loader processes were killed and replaced; is memory short?")
             chance = rng.generator(recipe.seed, Stream.MIX, step)
             images, targets = ready(batch, recipe.data, len(setup.classes), len(share), chance)
 

@@ -66,8 +66,8 @@ def train_batches(
     They are made on the `device`, on CUDA ahead of their turn; for devices without float64 on the CPU. `places` are
     those of the batch to load, in their order, where other processes load the rest; `neighbours` of them share this
     machine's cores. A batch in which broken images were replaced has "bad" too: what is wrong with the image of an
-    index. Raises DataError for a broken image that may not be replaced or for which no whole one is found, or if a
-    loader process is killed.
+    index. One for which loader processes had to be replaced has "killed", their number. Raises DataError for a broken
+    image that may not be replaced or for which no whole one is found, or if too many loader processes are killed.
     """
     places = range(batch) if places is None else places
     count = len(places) * (steps - start)
@@ -232,10 +232,13 @@ def _for_loading(dataset: Dataset) -> Dataset:
 
 
 def _labelled(part: Loaded, dataset: Dataset) -> Batch:
-    """With the labels of its images, and what was broken by index."""
+    """With the labels of its images, what was broken by index, and how many processes were killed."""
     found: Batch = {"images": part.images, "labels": torch.from_numpy(dataset.labels[part.indices])}
-    bad = {index: str(BadImage(path, reason)) for index, path, reason in part.bad}
-    return found | {"bad": bad} if bad else found
+    if part.bad:
+        found["bad"] = {index: str(BadImage(path, reason)) for index, path, reason in part.bad}
+    if part.killed:
+        found["killed"] = part.killed
+    return found
 
 
 def _is_easy(dataset: Dataset, res: tuple[int, int]) -> bool:

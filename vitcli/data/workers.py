@@ -30,6 +30,7 @@ from vitcli.errors import DataError, UserError
 from vitcli.malloc import keep_freed
 
 HUNG = 600.0  # seconds after which processes that hand over nothing are given up
+SPARE = 3  # processes that may be killed before it is given up
 
 ASKED = 3  # chunks that each is asked for, so that it never waits for the next
 LEAD = 8  # chunks of each that may be ahead of the batch that is due
@@ -43,11 +44,19 @@ Write = Callable[[Tensor, list[Any]], Written]  # into so many places, what is a
 
 
 class Loaded(NamedTuple):
-    """Samples as a batch: images uint8 (b, 3, h, w) and their indices. Those without an image are only in `bad`."""
+    """Samples as a batch: images uint8 (b, 3, h, w) and their indices. Those without an image are only in `bad`.
+
+    `killed` processes were replaced by others meanwhile.
+    """
 
     images: Tensor
     indices: np.ndarray
     bad: Bad
+    killed: int = 0
+
+
+class KilledError(DataError):
+    """A process is no more."""
 
 
 def load(
@@ -60,8 +69,8 @@ def load(
     """`sample` of each position of each batch, then `finish` of several.
 
     They go to other processes by pickle; if `workers` is 0, all is done in this one and images, which must be `Ready`,
-    are given straight to their places, as `finish` needs them, too. Raises DataError if a process is killed. Close the
-    iterator.
+    are given straight to their places, as `finish` needs them, too. A process that is killed is replaced by another,
+    which does its work anew. Raises KilledError when they are too many. Close the iterator.
     """
     empty = (_Batch(positions, handover) for positions in batches)
     write = partial(_write, sample, handover, finish)
@@ -124,8 +133,9 @@ def _by_others(
     due: deque[_Batch] = deque()
     chunks = _chunks(batches, due)
     ahead = 0  # images that were asked for and not given out
+    killed = told = 0
     with _started(write, handover, workers) as crew:
-        free = deque(list(crew.values()) * ASKED)
+        free = deque(crew * ASKED)
         while True:
             while free and ahead < LEAD * CHUNK * workers + (len(due[0].positions) if due else 0):
                 chunk = next(chunks, None)
@@ -137,17 +147,26 @@ def _by_others(
             if due[0].is_whole():
                 batch = due.popleft()
                 ahead -= len(batch.positions)
-                yield batch.whole()
+                yield batch.whole()._replace(killed=killed - told)
+                told = killed
                 continue
-            ready = wait(crew, HUNG)
+            links: dict[Any, _Worker] = {worker.link: worker for worker in crew}
+            ready = wait(links, HUNG)
             if not ready:
                 raise DataError(
                     f"the loader processes gave nothing for {HUNG:g} seconds",
                     "does the disk with the images still answer?",
                 )
-            for link in ready:
-                crew[link].take()
-                free.append(crew[link])
+            for worker in (links[link] for link in ready):
+                try:
+                    worker.take()
+                except KilledError:
+                    killed += 1
+                    if killed > SPARE:
+                        raise
+                    worker.again()
+                else:
+                    free.append(worker)
 
 
 def _chunks(batches: Iterator[_Batch], due: deque[_Batch]) -> Iterator[tuple[_Batch, int]]:
@@ -161,13 +180,20 @@ class _Worker:
     """A process and the memory shared with it, in which it has a place for each chunk that it is asked for."""
 
     def __init__(self, write: Write, handover: Handover):
-        room, self.handover = Shared((ASKED, *handover.room)), handover
+        self.write, self.handover = write, handover
+        self.start()
+
+    def start(self) -> None:
+        room = Shared((ASKED, *self.handover.room))
         self.asked: deque[tuple[int, _Batch, int]] = deque()
         self.place = 0
         self.link, theirs = multiprocessing.Pipe()
-        process = multiprocessing.get_context(METHOD).Process
-        self.process = process(target=_serve, args=(write, room, theirs), daemon=True)
-        self.process.start()
+        process = multiprocessing.get_context(METHOD).Process(
+            target=_serve, args=(self.write, room, theirs), daemon=True
+        )
+        with _unless_killed():
+            process.start()
+        self.process = process
         theirs.close()
         self.room = room.tensor
         room.close()
@@ -176,7 +202,7 @@ class _Worker:
         """For the images from `first` on; how many they are."""
         positions = batch.positions[first : first + CHUNK]
         self.asked.append((self.place, batch, first))
-        with _unless_killed():
+        with suppress(OSError):  # it is gone, as `take` finds
             self.link.send((self.place, positions))
         self.place = (self.place + 1) % ASKED
         return len(positions)
@@ -190,6 +216,14 @@ class _Worker:
             self.handover.take(self.room[place], batch.images[first : first + CHUNK])
         batch.parts[first] = made
 
+    def again(self) -> None:
+        """Another process, asked for the same."""
+        asked = self.asked
+        self.end()
+        self.start()
+        for _, batch, first in asked:
+            self.ask(batch, first)
+
     def end(self) -> None:
         self.process.kill()  # it holds nothing that another waits for
         self.process.join()
@@ -197,8 +231,8 @@ class _Worker:
 
 
 @contextmanager
-def _started(write: Write, handover: Handover, count: int) -> Iterator[dict[Any, _Worker]]:
-    """So many processes, each by its connection."""
+def _started(write: Write, handover: Handover, count: int) -> Iterator[list[_Worker]]:
+    """So many processes."""
     expect_loaders()
     crew: list[_Worker] = []
 
@@ -210,7 +244,7 @@ def _started(write: Write, handover: Handover, count: int) -> Iterator[dict[Any,
     try:
         with uninterrupted():
             crew.extend(_Worker(write, handover) for _ in range(count))
-        yield {worker.link: worker for worker in crew}
+        yield crew
     finally:
         atexit.unregister(end)
         end()
@@ -239,6 +273,6 @@ def _unless_killed() -> Iterator[None]:
     try:
         yield
     except (EOFError, OSError) as error:
-        raise DataError(
-            "a loader process was killed, perhaps for want of memory", "take fewer: --set data.workers=2, or 0"
+        raise KilledError(
+            "loader processes were killed, perhaps for want of memory", "take fewer: --set data.workers=2, or 0"
         ) from error
