@@ -19,7 +19,7 @@ def on_change(act, folder: str = "run") -> None:
         if event not in CHANGES or (event == "open" and not saves(args)):
             return
         path, within = str(args[0]), isinstance(args[-1], int) and args[-1] >= 0 and event in ("os.rmdir", "os.remove")
-        if within or path.startswith((f"{folder}/checkpoints/", f"{folder}/.tmp-", f"{folder}/.del-")):
+        if within or path.startswith((f"{folder}/checkpoints/", f"{folder}/.tmp-", f"{folder}/.old-")):
             count += 1
             act(count)
 

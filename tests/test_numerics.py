@@ -69,10 +69,11 @@ def test_too_many_in_a_row_go_back_to_weights_from_before(vit, spoil, tmp_path):
 
 
 def test_a_run_that_was_interrupted_goes_back_to_the_same_place(vit, spoil, tmp_path, monkeypatch):
+    settings = sets(*OFTEN, "keep_last=2")
     spoil(5, 6, 7, 8)
-    assert vit("pretrain", "quickstart", *sets(*OFTEN), "--run", tmp_path / "whole").code == 0
+    assert vit("pretrain", "quickstart", *settings, "--run", tmp_path / "whole").code == 0
     spoil(5, 6, 7, 8, stop=6)
-    assert vit("pretrain", "quickstart", *sets(*OFTEN), "--run", tmp_path / "run").code == 143
+    assert vit("pretrain", "quickstart", *settings, "--run", tmp_path / "run").code == 143
     assert (tmp_path / "run/checkpoints/step_00000007").is_dir()
     spoil(0, 1)
     said = vit("pretrain", "--resume", tmp_path / "run")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from command import TINY, content, finish, process, sets, until
 
-from vitcli import storage
+from vitcli import run, storage
 from vitcli.errors import StorageError
 
 STEPS = 60
@@ -155,6 +155,35 @@ def test_a_mistake_of_the_program_is_not_told_as_a_full_disk(tmp_path):
     with pytest.raises(KeyError):
         storage.write_folder(tmp_path / "folder", lambda place: {}["absent"])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["step_00000004", "best"])
+def test_a_replacement_that_is_cut_off_is_taken_back(tmp_path, monkeypatch, name):
+    def write(content):
+        storage.write_folder(tmp_path / name, lambda place: (place / "file").write_text(content))
+
+    def rename(self, target):
+        if self.name.startswith(".tmp-"):
+            raise KeyboardInterrupt
+        return os.rename(self, target)
+
+    write("old")
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        write("new")
+    assert not (tmp_path / name).exists()
+    (tmp_path / ".tmp-env.json").write_text("{")
+    storage.sweep(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    storage.verify(tmp_path / name)
+    assert (tmp_path / name / "file").read_text() == "old"
+
+
+def test_a_run_that_was_killed_in_its_first_file_may_begin_again(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / ".tmp-recipe.yaml").write_text("mod")
+    with run.create("name", tmp_path):
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoints", "run.lock"]
 
 
 def test_a_folder_that_cannot_be_replaced_keeps_its_name(tmp_path, monkeypatch):

@@ -153,7 +153,7 @@ def create(name: str, path: Path | None = None) -> Run:
 
 
 def _is_unused(folder: Path) -> bool:
-    names = {file.name for file in folder.iterdir()} if folder.is_dir() else {""}
+    names = {file.name.removeprefix(".tmp-") for file in folder.iterdir()} if folder.is_dir() else {""}
     return names <= {*BEGINNING, "run.lock", "checkpoints"} and not any((folder / "checkpoints").glob("*"))
 
 

@@ -47,15 +47,18 @@ def remove_folder(path: Path) -> None:
 
 
 def sweep(parent: Path) -> None:
-    """Clear away what a killed writer left in `parent`, and finish a replacement that it was in the middle of."""
-    for left in sorted(parent.glob(".del-*")):
-        place = parent / left.name.removeprefix(".del-")
-        if place.name in ("best", "last") and not place.exists():
-            left.rename(place)
+    """Clear away what a killed writer left in `parent`, and take back a replacement that it was in the middle of."""
+    for replaced in parent.glob(".old-*"):
+        place = parent / replaced.name.removeprefix(".old-")
+        if place.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
         else:
+            replaced.rename(place)
+    for left in [*parent.glob(".del-*"), *parent.glob(".tmp-*")]:
+        if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
-    for left in parent.glob(".tmp-*"):
-        shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def verify(path: Path) -> None:
@@ -97,9 +100,9 @@ def publish(folder: Path) -> None:
 
 def _rename(folder: Path, path: Path) -> None:
     """Give a folder its name. One that has it is deleted, or keeps it if this fails."""
-    replaced = path.with_name(f".del-{path.name}")
-    shutil.rmtree(replaced, ignore_errors=True)
+    replaced = path.with_name(f".old-{path.name}")
     if path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
         path.rename(replaced)
     try:
         folder.rename(path)

@@ -102,7 +102,7 @@ class Keeper:
 
         def write() -> None:
             save_training(setup.run.checkpoints, here, state, recipe, setup.classes)
-            prune(setup.run.checkpoints, recipe.keep_last, recipe.keep_every)
+            prune(setup.run.checkpoints, setup.save_every, recipe.keep_last, recipe.keep_every)
 
         if setup.processes.first:
             self._saver.begin(write)

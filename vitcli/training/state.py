@@ -93,8 +93,15 @@ def resume(
     return Position(**json.loads((folder / "state.json").read_text()))
 
 
-def prune(checkpoints: Path, keep_last: int, keep_every: int | None) -> None:
-    """Delete checkpoints beyond the newest `keep_last`, but for those at multiples of `keep_every` steps."""
-    for folder, step in list(saved(checkpoints).items())[:-keep_last]:
-        if not keep_every or step % keep_every:
+def prune(checkpoints: Path, save_every: int, keep_last: int, keep_every: int | None) -> None:
+    """Delete checkpoints but for the newest, the last `keep_last` at multiples of `save_every` steps, and those at
+    multiples of `keep_every`.
+
+    So others, of interruptions, do not change to which a run may go back.
+    """
+    found = saved(checkpoints)
+    usual = [folder for folder, step in found.items() if step % save_every == 0]
+    needed = {*usual[-keep_last:], *list(found)[-1:]}
+    for folder, step in found.items():
+        if folder not in needed and (not keep_every or step % keep_every):
             storage.remove_folder(folder)
