@@ -318,7 +318,7 @@ def test_an_unreadable_image_of_one_process_is_told_by_it(tmp_path, damaged):
 @pytest.mark.parametrize("shard", ["ddp", "fsdp"])
 def test_an_unreadable_image_that_is_held_out_is_told_once_and_not_scored(tmp_path, damaged, shard):
     (damaged / "val/a/01.png").write_bytes(b"broken")
-    settings = replacing(damaged, 1.0, f"runtime.shard={shard}", "runtime.timeout=60")
+    settings = replacing(damaged, 1.0, f"runtime.shard={shard}", "runtime.timeout=60", "runtime.micro_batch=1")
     assert several(2, "pretrain", "quickstart", *settings, "--run", "two", cwd=tmp_path) == 0
     log, rows = told(tmp_path), (tmp_path / "two/metrics.jsonl").read_text().splitlines()
     assert log.count("val/a/01.png: not an image") == sum("val_top1" in row for row in rows)

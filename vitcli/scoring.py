@@ -75,10 +75,13 @@ def score(
             bad |= part.get("bad", {})
             if bad and not allow_bad:
                 break
-            if len(labels := part["labels"]):
+            images, labels = part["images"], part["labels"]
+            if not len(labels) and processes.count > 1:
+                images = images.new_zeros((1, *images.shape[1:]))  # others wait for this one at the model's parts
+            if len(images):
                 done += len(labels)
                 again = double and done + len(bad) == len(share) and share[-1] not in bad
-                due.append((_asked(predictor, part["images"]), labels[: len(labels) - again]))
+                due.append((_asked(predictor, images), labels[: len(labels) - again]))
             if len(due) > 1:
                 add()
             if on_batch:
@@ -123,7 +126,7 @@ def _one_by_one(dataset: Dataset, share: Sequence[int]) -> Iterator[Batch]:
         try:
             image = pixels(dataset.image(index))
         except BadImage as error:
-            yield {"labels": labels[:0], "bad": {index: str(error)}}
+            yield {"images": torch.empty(0, 3, 0, 0), "labels": labels[:0], "bad": {index: str(error)}}
         else:
             yield {"images": image[None], "labels": labels}
 
