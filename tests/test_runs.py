@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import shutil
 import socket
 import time
@@ -74,6 +75,21 @@ def test_list(vit, runs):
     assert lines[1].startswith(f"runs/other\t4/6\t{stopped['best']:.2%}\tstopped\t")
     with Run(runs / "other"):
         assert [run["state"] for run in vit("runs", "list", "--json").json["runs"]] == ["finished", "running"]
+
+
+def test_files_that_go_while_they_are_counted(vit, runs, monkeypatch):
+    usual = os.walk
+
+    def walk(path):
+        for folder, inside, names in usual(path):
+            for gone in (name for name in names if name == "metrics.jsonl"):
+                os.remove(os.path.join(folder, gone))
+            yield folder, inside, names
+
+    monkeypatch.setattr(os, "walk", walk)
+    said = vit("runs", "--json")
+    assert said.code == 0, said.err
+    assert all(run["size"] > 0 for run in said.json["runs"])
 
 
 def test_no_runs(vit, tmp_path, monkeypatch):

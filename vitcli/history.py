@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +21,7 @@ MEASURES = {"val_top1": "top-1", "val_map": "mAP"}
 
 
 class Past(NamedTuple):
-    """A run at a glance. `steps` is None where neither recipe nor log tells yet; `changed` is seconds since 1970.
+    """A run at a glance. `steps` is None where the recipe does not tell and training has not begun; `changed` is seconds since 1970.
 
     `best` is the best `measure`, top-1 or mAP; both are None before the first evaluation.
     """
@@ -53,7 +56,7 @@ def summary(path: Path) -> Past:
     return Past(
         path=path,
         step=step,
-        steps=step if finished else _steps(path, logged),
+        steps=step if finished else _steps(path),
         best=max((row[key] for row in logged if key in row), default=None),
         measure=MEASURES.get(key),
         state="running" if _locked(path) else "finished" if finished else "stopped",
@@ -82,7 +85,8 @@ def recipe(path: Path) -> dict[str, Any]:
 
 def size(path: Path) -> int:
     """Bytes of all files below a folder."""
-    return sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
+    files = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+    return sum(status.st_size for status in _there(files))
 
 
 def spare(path: Path) -> list[Path]:
@@ -106,12 +110,10 @@ def prune(path: Path) -> None:
             storage.remove_folder(folder)
 
 
-def _steps(path: Path, logged: list[Row]) -> int | None:
-    found = recipe(path)
-    epochs = [row for row in logged if row.get("epoch")]
-    if found["steps"] or not epochs:
-        return found["steps"]
-    return round(found["epochs"] * round(epochs[-1]["step"] / epochs[-1]["epoch"]))
+def _steps(path: Path) -> int | None:
+    environment = path / "env.json"
+    begun = json.loads(environment.read_text()) if environment.exists() else {}
+    return begun.get("steps") or recipe(path)["steps"]
 
 
 def _locked(path: Path) -> bool:
@@ -127,7 +129,14 @@ def _locked(path: Path) -> bool:
 
 
 def _changed(path: Path) -> float:
-    return max(file.stat().st_mtime for file in [path, *path.glob("*")])
+    return max((status.st_mtime for status in _there([path, *path.glob("*")])), default=0.0)
+
+
+def _there(files: Iterable[Path]) -> Iterator[os.stat_result]:
+    """Of those that have not gone meanwhile."""
+    for file in files:
+        with suppress(FileNotFoundError):
+            yield file.lstat()
 
 
 def _flat(tree: Any, path: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def set_up(
 
     `tell` is for what a person should know. Raises DataError and CheckpointError.
     """
-    found, passed = checkpoint.newest(run.checkpoints)
+    found, passed = processes.of_first(lambda: checkpoint.newest(run.checkpoints))
     if passed and not found:
         raise CheckpointError("; ".join(passed), "no checkpoint of this run is whole: start a new run")
     for reason in passed:
@@ -106,7 +106,7 @@ def set_up(
     if earlier:
         _compare(environment, earlier, tell)
     else:
-        run.write("env.json", json.dumps(environment, indent=1))
+        run.write("env.json", json.dumps(environment | {"steps": steps}, indent=1))
 
     counts = train_set.counts.tolist()
     balance = told(train_set, recipe.data.sampling, recipe.data.repeat_threshold) + recipe.objective.notes(counts)
