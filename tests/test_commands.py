@@ -359,7 +359,9 @@ def test_a_wrong_recipe_and_help_load_no_torch(tmp_path):
         (["finetune"], "no --ckpt given"),
         (["predict"], "Missing argument"),
         (["export"], "no format given"),
-        (["pretrain", "quickstart", "--resume", "x"], "does not go with --resume"),
+        (["pretrain", "quickstart", "--resume", "x"], "a recipe does not go with --resume"),
+        (["pretrain", "--resume", "x", "--dry-run"], "--dry-run does not go with --resume"),
+        (["finetune", "--resume", "x", "--recipe", "finetune"], "a recipe does not go with --resume"),
     ],
 )
 def test_mistakes_of_usage_end_with_2(vit, args, words):

@@ -45,7 +45,7 @@ def pretrain(
     from vitcli import recipe as loader
 
     if resume:
-        _refuse_with_resume(recipe=recipe, set=sets, run=run)
+        _refuse_with_resume(recipe=recipe, set=sets, run=run, dry_run=dry_run)
         _resume(resume, json, gpus, profile)
         return
     if recipe is None:
@@ -72,8 +72,9 @@ def finetune(
         bool, Option("--keep-pre-logits", help="Keep the dense + tanh layer before the old head.")
     ] = False,
     recipe: Annotated[
-        str, Option(help="Name of a shipped recipe, or a .yaml file.", autocompletion=recipe_names)
-    ] = "finetune",
+        str | None,
+        Option(help="Name of a shipped recipe, or a .yaml file.", show_default="finetune", autocompletion=recipe_names),
+    ] = None,
     sets: Set = None,
     run: RunFolder = None,
     resume: Resume = None,
@@ -93,11 +94,12 @@ def finetune(
 
     if resume:
         given = {"ckpt": ckpt, "data": data, "classes": classes, "res": res, "set": sets, "run": run}
-        _refuse_with_resume(**given, keep_pre_logits=keep_pre_logits)
+        _refuse_with_resume(**given, keep_pre_logits=keep_pre_logits, recipe=recipe, dry_run=dry_run)
         _resume(resume, json, gpus, profile)
         return
     if ckpt is None:
         raise RecipeError("no --ckpt given", "vit finetune --ckpt WEIGHTS --data FOLDER; without weights: vit pretrain")
+    recipe = recipe or "finetune"
     loader.read(recipe)  # a broken recipe is told before the weights are read
     from vitcli import checkpoint
 
