@@ -29,6 +29,8 @@ from vitcli.data.mix import mix, targets_of
 from vitcli.data.sampling import epoch_order, told
 from vitcli.data.sources import table as tables
 from vitcli.data.sources._arrays import Arrays
+from vitcli.data.sources._files import Files
+from vitcli.data.sources._split import Subset
 from vitcli.data.sources.table import Table
 from vitcli.errors import CheckpointError, DataError, RecipeError
 from vitcli.inference import Answer, Guess, open_predictor
@@ -109,15 +111,25 @@ def config(run, name="best"):
 # Training, and what comes of it.
 
 
-def test_labels_do_not_travel_to_loader_processes(monkeypatch):
+@pytest.mark.parametrize("kind", ["arrays", "files", "share"])
+def test_labels_do_not_travel_to_loader_processes(kind, monkeypatch):
     labels = np.zeros((300, 5000), dtype=bool)
-    dataset = Arrays("blank", np.zeros((300, 8, 8), dtype=np.uint8), [0] * 300, tuple(map(str, range(5000))))
-    dataset.labels = labels
+    classes = tuple(map(str, range(5000)))
+    if kind == "arrays":
+        dataset = Arrays("blank", np.zeros((300, 8, 8), dtype=np.uint8), [0] * 300, classes)
+        dataset.labels = labels
+    else:
+        index = Files.of("photos", [f"{number}.jpg" for number in range(300)], [0] * 300, classes).index
+        dataset = Files("photos", index, classes, labels)
+    if kind == "share":
+        dataset = Subset(dataset, np.arange(1, 300))
+        labels = dataset.labels
     sent = []
     monkeypatch.setattr(loader, "load", lambda sample, *_, **__: sent.append(sample) or (part for part in ()))
     list(eval_batches(Preprocessing.parse({"res": 8}), dataset, batch=100))
     assert len(ForkingPickler.dumps(sent[0])) < labels.nbytes / 10
     assert dataset.labels is labels
+    assert len(dataset.unlabelled()) == len(labels)
 
 
 def test_a_run_is_chosen_by_map(vit, run):

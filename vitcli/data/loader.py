@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from copy import copy
 from functools import partial
 from itertools import tee
 
@@ -112,7 +111,7 @@ def _scored_batches(
     """Prepared by the processes that load them; on a GPU, where there are others, resized there to the same levels."""
     handover = _handover(preprocessing, workers, device)
     made = _decoded if isinstance(handover, Deferred) else _prepared
-    sample = partial(_eval_sample, partial(made, preprocessing), _for_loading(dataset))
+    sample = partial(_eval_sample, partial(made, preprocessing), dataset.unlabelled())
     places = (list(share[i : i + batch]) for i in range(0, len(share), batch))
     with closing(load(sample, handover, places, workers)) as loaded:
         for part in loaded:
@@ -129,7 +128,7 @@ def _loaded_batches(
     if how.crop == "inception_crop":
         stretched = Preprocessing(res=data.res, resize=None, interpolation=how.interpolation, antialias=how.antialias)
         handover = _handover(stretched, workers, device)
-    sample = partial(_training_sample, data, _for_loading(dataset), seed, isinstance(handover, Ready))
+    sample = partial(_training_sample, data, dataset.unlabelled(), seed, isinstance(handover, Ready))
     finish = partial(_augmented, data, seed)
     positions, asked = tee(list(zip(turn.tolist(), index.tolist(), strict=True)) for turn, index in order)
     with closing(load(sample, handover, asked, workers, None if on_gpu else finish)) as loaded:
@@ -220,15 +219,6 @@ def _decoded(preprocessing: Preprocessing, dataset: Dataset, index: int) -> Deco
 
 def _prepared(preprocessing: Preprocessing, dataset: Dataset, index: int) -> Decoded:
     return Decoded(prepare(dataset.image(index), preprocessing))
-
-
-def _for_loading(dataset: Dataset) -> Dataset:
-    """What goes to loader processes: without several labels an image, which may weigh more than all the rest."""
-    if not dataset.multi_label:
-        return dataset
-    lighter = copy(dataset)
-    lighter.labels = dataset.labels[:, :0].copy()
-    return lighter
 
 
 def _labelled(part: Loaded, dataset: Dataset) -> Batch:

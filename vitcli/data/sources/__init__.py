@@ -10,8 +10,9 @@ import glob
 import os
 import re
 from abc import ABC, abstractmethod
+from copy import copy
 from fnmatch import fnmatch
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from pydantic import TypeAdapter
@@ -56,6 +57,13 @@ class Dataset(ABC):
         if self.multi_label:
             return np.count_nonzero(self.labels, axis=0)
         return np.bincount(self.labels, minlength=len(self.classes))
+
+    def unlabelled(self) -> Self:
+        """For loader processes: where an image has several labels, which may weigh more than all the rest, without."""
+        copied = copy(self)
+        if self.multi_label:
+            copied.labels = self.labels[:, :0].copy()
+        return copied
 
     @abstractmethod
     def image(self, index: int) -> Image.Image:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -42,6 +42,13 @@ class Files(Dataset):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.labels = self.index["labels"] if self._given is None else self._given
+
+    def unlabelled(self) -> Self:
+        """Nor are labels left that were given."""
+        copied = super().unlabelled()
+        if self.multi_label:
+            copied._given = copied.labels
+        return copied
 
     def image(self, index: int) -> Image.Image:
         """The decoded file."""

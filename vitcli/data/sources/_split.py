@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -24,6 +24,12 @@ class Subset(Dataset):
         self.classes, self.notes, self.in_memory = whole.classes, whole.notes, whole.in_memory
         self.labels = whole.labels[chosen]
         self.identity = hashlib.sha256(whole.identity + chosen.tobytes()).digest()
+
+    def unlabelled(self) -> Self:
+        """Nor are those of the whole set left."""
+        copied = super().unlabelled()
+        copied.whole = self.whole.unlabelled()
+        return copied
 
     def image(self, index: int) -> Image.Image:
         """The image."""
