@@ -23,7 +23,8 @@ MEASURES = {"val_top1": "top-1", "val_map": "mAP"}
 class Past(NamedTuple):
     """A run at a glance. `steps` is None where the recipe does not tell and training has not begun.
 
-    `changed` is seconds since 1970. `best` is the best `measure`, top-1 or mAP; both are None before the first evaluation.
+    `best` is the best `measure`, top-1 or mAP; both are None before the first evaluation. `changed` is seconds since
+    1970.
     """
 
     path: Path
