@@ -238,6 +238,16 @@ def test_packed_attention_is_for_gpus():
     assert (resumed.precision, resumed.attention) == ("bf16", "sdpa")
 
 
+@pytest.mark.parametrize(
+    ("capability", "reason", "chosen"),
+    [((9, 0), None, "packed"), ((9, 0), "no C compiler", "sdpa"), ((8, 0), None, "sdpa"), ((10, 0), None, "sdpa")],
+)
+def test_packed_attention_is_chosen_where_it_was_measured_and_can_be_built(monkeypatch, capability, reason, chosen):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(runtime.kernels, "why_not", lambda _: reason)
+    assert runtime._attention(torch.device("cuda"), "bf16") == chosen
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels as a GPU runs them")
 @pytest.mark.parametrize(
     ("tokens", "width", "heads"),

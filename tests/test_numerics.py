@@ -81,6 +81,15 @@ def test_a_run_that_was_interrupted_goes_back_to_the_same_place(vit, spoil, tmp_
     assert content(tmp_path / "run") == content(tmp_path / "whole")
 
 
+def test_a_run_whose_name_looks_like_markup_is_named_in_full(vit, spoil, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spoil(stop=2)
+    said = vit("pretrain", "quickstart", *sets(*RUN), "--run", "sweep[seed=1]")
+    assert said.code == 143
+    assert said.err.startswith("run folder sweep[seed=1]\n")
+    assert said.err.endswith("hint: vit pretrain --resume 'sweep[seed=1]'\n")
+
+
 def test_a_run_that_went_back_in_vain_ends(vit, spoil, tmp_path):
     spoil(*range(2, 100))
     said = vit("pretrain", "quickstart", *sets(*OFTEN, "steps=40"), "--run", tmp_path / "run")

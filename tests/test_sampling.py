@@ -145,7 +145,7 @@ def test_a_run_says_what_it_did(tmp_path, monkeypatch, vit):
     assert "balanced sampling" in (tmp_path / "run/train.log").read_text()
     said = vit("pretrain", "quickstart", *sets("data.repeat_threshold=0.1"))
     assert said.code == 2
-    assert "is used by sampling: repeat_factor only" in said.err
+    assert "has no effect with uniform; it is for repeat_factor" in said.err
 
 
 def test_repeat_factors_are_told(dataset):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 from pydantic import Field, PositiveInt, model_validator
 
 from vitcli.processes import spread
-from vitcli.schema import Schema, wrong
+from vitcli.schema import Schema, only_for, wrong
 
 if TYPE_CHECKING:
     import torch
@@ -63,8 +63,7 @@ class OptimConfig(Schema):
             ("cooldown_steps", self.schedule, level),
             ("end_lr", self.schedule, falling + level if self.cooldown_steps else falling),
         ):
-            if chosen not in needs and getattr(self, key) != type(self).model_fields[key].default:
-                raise wrong(key, f"has no effect with {chosen}; it is for {' and '.join(needs)}")
+            only_for(self, key, chosen, needs)
         return self
 
     def warmup(self, steps_per_epoch: float) -> int:

@@ -1,4 +1,4 @@
-"""Where training runs: device, precision, threads. With fast_paths.py the only file that knows."""
+"""Where training runs: device, precision, threads. What follows for a model's parts, fast_paths.py knows."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field, PositiveInt, model_validator
 
+from vitcli import kernels
 from vitcli.errors import RecipeError
 from vitcli.malloc import keep_freed
 from vitcli.processes import ALONE, Processes
@@ -197,14 +198,15 @@ def _precision(device: torch.device) -> str:
 
 
 def _attention(device: torch.device, precision: str) -> str:
-    """The fastest that was measured."""
+    """The fastest that was measured, of those that can be built here."""
     import torch
 
     if precision != "bf16" or device.type == "mps":
         return "sdpa"
     if device.type == "cpu":
         return "explicit"
-    return "packed" if torch.cuda.get_device_capability(device)[0] == 9 else "sdpa"
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    return "packed" if hopper and kernels.why_not(device) is None else "sdpa"
 
 
 def _seconds(left: Tensor, right: Tensor) -> float:

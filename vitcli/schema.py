@@ -5,7 +5,7 @@ and the shell can complete recipe keys.
 """
 
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from types import ModuleType, NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Self, Union, get_args, get_origin
@@ -36,6 +36,12 @@ def _frozen(tree: Any) -> Any:
 def wrong(key: str, message: str) -> PydanticCustomError:
     """The error for a section's validator to raise when one key does not go with the others."""
     return PydanticCustomError("recipe", "{message}", {"key": key, "message": message})
+
+
+def only_for(section: Schema, key: str, chosen: str, needs: Sequence[str]) -> None:
+    """Refuse a key that was given where what is chosen makes no use of it."""
+    if chosen not in needs and getattr(section, key) != type(section).model_fields[key].default:
+        raise wrong(key, f"has no effect with {chosen}; it is for {' and '.join(needs)}")
 
 
 def folder(package: str) -> dict[str, ModuleType]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import typer
 from typer import Argument, Option
 
-from vitcli.commands.console import answer, err
+from vitcli.commands.console import answer, err, tell
 from vitcli.commands.options import RESULT, Json, Set
 from vitcli.commands.recipes import recipe_names
 from vitcli.errors import CheckpointError, RecipeError
@@ -231,7 +231,7 @@ def _peers(against: list[str] | None) -> list[str]:
         try:
             peers.check(name)
         except peers.PeerError as error:
-            err.print(f"warning: {error}, so it is left out ({error.hint})", highlight=False, markup=False)
+            tell(f"warning: {error}, so it is left out ({error.hint})")
         else:
             found.append(name)
     return found

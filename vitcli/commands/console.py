@@ -38,6 +38,11 @@ def answer(
             print(line)
 
 
+def tell(text: str) -> None:
+    """A line on stderr, as it is."""
+    err.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def print_error(message: str) -> None:
     """An error line on stderr."""
     err.print(f"[bold red]error:[/] {escape(_printable(message))}", highlight=False, soft_wrap=True)
@@ -68,13 +73,13 @@ def run(app: typer.Typer) -> None:
     except UserError as error:
         print_error(str(error))
         if error.hint:
-            err.print(f"hint: {_printable(error.hint)}", highlight=False, markup=False, soft_wrap=True)
+            tell(f"hint: {_printable(error.hint)}")
         code = error.exit_code
     except typer.Exit as ended:
         code = ended.exit_code
     except UsageError as error:  # pyright: ignore[reportGeneralTypeIssues]
         print_error(error.format_message())
-        err.print("hint: vit COMMAND --help shows what it takes", highlight=False, markup=False)
+        tell("hint: vit COMMAND --help shows what it takes")
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = 130
@@ -91,8 +96,8 @@ def _unexpected(error: Exception) -> int:
     """Say what nothing has foreseen, and its exit code: a disk that refuses, or else a bug."""
     if isinstance(error, OSError) and error.errno in DISK:
         print_error(f"{error.filename or 'the disk'}: {error.strerror}")
-        err.print("hint: free space, or choose a folder that you may write", highlight=False, markup=False)
+        tell("hint: free space, or choose a folder that you may write")
         return StorageError.exit_code
     print_error(f"a bug: {type(error).__name__}: {error}")
-    err.print("hint: VIT_DEBUG=1 shows where; please report it", highlight=False, markup=False)
+    tell("hint: VIT_DEBUG=1 shows where; please report it")
     return 1

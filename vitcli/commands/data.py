@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from vitcli.commands.console import err, print_error
+from vitcli.commands.console import print_error, tell
 from vitcli.errors import DataError, RecipeError
 
 data_commands = typer.Typer(help="Check data sets, and pack them into shards.", no_args_is_help=True)
@@ -59,7 +59,7 @@ def pack(
         print(f"next: vit data check {done.path}")
     if done.bad:
         for line in done.bad[:5]:
-            err.print(line, highlight=False, markup=False, soft_wrap=True)
+            tell(line)
         print_error(f"{len(done.bad):,} images could not be read and are left out")
         raise typer.Exit(1)
 

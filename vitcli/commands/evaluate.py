@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from vitcli.commands.console import answer, err
+from vitcli.commands.console import answer, err, tell
 from vitcli.commands.options import INPUT, RESULT, Checkpoint, Device, Json, Precision, Provider, newest
 from vitcli.errors import DataError, RecipeError
 
@@ -65,13 +65,13 @@ def evaluate(
     predictor = open_predictor(ckpt, device=device, provider=provider, precision=precision)
     if predictor.thresholds is not None and not dataset.multi_label:
         warning = "warning: the model finds several classes in an image, and these images have one label each"
-        err.print(f"{warning}; of a table, --separator says otherwise", highlight=False, soft_wrap=True)
+        tell(f"{warning}; of a table, --separator says otherwise")
     if min_top1 is not None and dataset.multi_label:
         raise RecipeError("--min-top1 is for one label an image, and these have several", "take --min-map")
     if min_map is not None and not dataset.multi_label:
         raise RecipeError("--min-map is for several labels an image, and these have one", "take --min-top1")
     for note in dataset.notes:
-        err.print(note, highlight=False, markup=False, soft_wrap=True)
+        tell(note)
     with err.status(f"scoring {len(dataset):,} images"):
         scores = score(predictor, dataset, batch=batch, workers=workers, allow_bad=allow_bad)
     answer(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Option
 
-from vitcli.commands.console import answer, err
+from vitcli.commands.console import answer, err, tell
 from vitcli.commands.options import RESULT, Json, newest
 from vitcli.errors import DataError, RecipeError
 
@@ -216,7 +216,7 @@ def _parity_images(folder: Path | None, trained: Trained) -> tuple[Sequence[Any]
             step = max(1, len(dataset) // 64)
             return [dataset.image(index) for index in range(0, len(dataset), step)], "the run's validation images"
         except DataError as error:
-            err.print(f"comparing on built-in photographs: {error}", highlight=False, markup=False, soft_wrap=True)
+            tell(f"comparing on built-in photographs: {error}")
     return None, "built-in photographs"
 
 

@@ -12,7 +12,7 @@ from vitcli import checkpoint, processes, recipe_files, trackers
 from vitcli import recipe as recipes
 from vitcli import run as runs
 from vitcli.checkpoint import Trained
-from vitcli.commands.console import err, nowhere
+from vitcli.commands.console import err, nowhere, tell
 from vitcli.errors import CheckpointError
 from vitcli.processes import Processes
 from vitcli.recipe import Recipe
@@ -46,7 +46,7 @@ def begin(
         if launch:
             run.write("launch.txt", launch)
         run.write("recipe.resolved.yaml", recipes.dump(recipe))
-        err.print(f"run folder {run.path}", highlight=False)
+        tell(f"run folder {run.path}")
         return run
 
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from typer import Option
 
-from vitcli.commands.console import err
+from vitcli.commands.console import tell
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Annotated[
@@ -63,5 +63,5 @@ def newest() -> Path:
     from vitcli import run
 
     path = run.newest_finished()
-    err.print(f"using {path}", highlight=False)
+    tell(f"using {path}")
     return path

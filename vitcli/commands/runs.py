@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from vitcli.commands.console import answer, err
+from vitcli.commands.console import answer, tell
 from vitcli.errors import RecipeError
 
 runs = typer.Typer(help="The runs under runs/.", invoke_without_command=True)
@@ -53,7 +53,7 @@ def compare(
         print(line)
     if output:
         plots.draw_comparison(logs, output)
-        err.print(f"wrote {output}", highlight=False, markup=False)
+        tell(f"wrote {output}")
 
 
 @runs.command()
@@ -77,10 +77,10 @@ def prune(
         for folder in folders:
             print(folder)
     if not doomed or dry_run:
-        err.print(f"{size / 1e6:,.1f} MB could go" if doomed else "nothing to delete", highlight=False)
+        tell(f"{size / 1e6:,.1f} MB could go" if doomed else "nothing to delete")
         return
     if not yes:
         typer.confirm(f"Delete these checkpoints, {size / 1e6:,.1f} MB?", abort=True, err=True)
     for path in doomed:
         history.prune(path)
-    err.print(f"deleted {size / 1e6:,.1f} MB", highlight=False)
+    tell(f"deleted {size / 1e6:,.1f} MB")

@@ -6,12 +6,13 @@ import json as jsons
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
 
-from vitcli.commands.console import err, print_error
+from vitcli.commands.console import print_error, tell
 from vitcli.commands.options import INPUT, DryRun, Gpus, Json, Profile, Resume, RunFolder, Set
 from vitcli.commands.recipes import recipe_names
 from vitcli.errors import CheckpointError, RecipeError
@@ -159,7 +160,7 @@ def _launch(gpus: int) -> None:
     if "--gpus" in words:
         at = words.index("--gpus")
         del words[at : at + 2]
-    raise typer.Exit(processes.launch(words, processes.visible(gpus), lambda note: err.print(note, highlight=False)))
+    raise typer.Exit(processes.launch(words, processes.visible(gpus), tell))
 
 
 def _finish(outcome: Outcome, json: bool) -> None:
@@ -170,7 +171,7 @@ def _finish(outcome: Outcome, json: bool) -> None:
         raise typer.Exit(128 + outcome.signal if outcome.signal else 0)
     if outcome.signal:
         print_error(f"stopped by signal {outcome.signal} after step {outcome.step} of {outcome.steps}, which is saved")
-        err.print(f"hint: vit pretrain --resume {outcome.run}", highlight=False, soft_wrap=True)
+        tell(f"hint: vit pretrain --resume {quote(str(outcome.run))}")
         raise typer.Exit(128 + outcome.signal)
     facts = {**asdict(outcome), "run": str(outcome.run)}
     print(jsons.dumps(facts) if json else "\n".join(tables.outcome_lines(outcome)))

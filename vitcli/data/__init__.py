@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from vitcli.data.sources import AnySource
-from vitcli.schema import Schema, wrong
+from vitcli.schema import Schema, only_for, wrong
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "area"]
@@ -82,10 +82,13 @@ class Augment(Schema):
             low, high = getattr(self, key)
             if low > high or high == 0:
                 raise wrong(key, f"[{low:g}, {high:g}] is no range: the smaller number first")
-        owners = {"area": "inception_crop", "aspect": "inception_crop", "resize": "random_crop", "pad": "random_crop"}
-        for key, crop in owners.items():
-            if crop != self.crop and getattr(self, key) != type(self).model_fields[key].default:
-                raise wrong(key, f"is used by crop: {crop} only, not by {self.crop}")
+        for keys, crops in (
+            (("area", "aspect"), ("inception_crop",)),
+            (("resize", "pad"), ("random_crop",)),
+            (("interpolation", "antialias"), ("inception_crop", "random_crop")),
+        ):
+            for key in keys:
+                only_for(self, key, self.crop, crops)
         return self
 
 
@@ -111,8 +114,7 @@ class DataConfig(Preprocessing):
         crop = self.augment
         if crop.resize and any(side + 2 * crop.pad < res for side, res in zip(crop.resize, self.res, strict=True)):
             raise wrong("augment.resize", "is smaller than res: nothing is left to crop")
-        if self.sampling != "repeat_factor" and self.repeat_threshold != 1e-3:
-            raise wrong("repeat_threshold", f"is used by sampling: repeat_factor only, not by {self.sampling}")
+        only_for(self, "repeat_threshold", self.sampling, ("repeat_factor",))
         if self.keep and crop.crop == "inception_crop":
             raise wrong("keep", "goes with augment.crop: random_crop or central_crop")
         return self
