@@ -26,6 +26,7 @@ from vitcli.data.preprocess import normalise
 from vitcli.errors import CheckpointError, DataError, RecipeError, StorageError, UserError
 from vitcli.exporters import _graph
 from vitcli.exporters import onnx as to_onnx
+from vitcli.exporters.onnx import GraphOptions
 from vitcli.inference import torch_predictor
 from vitcli.model import ViTConfig
 from vitcli.onnx import model as onnx_model
@@ -110,7 +111,7 @@ FAST = {("token", 18), ("gap", 20), ("map", 23), ("none", 20)}
 def test_the_file_answers_as_the_model(tmp_path, capfd, name, opset):
     options, size = ODD[name]
     trained = tiny(size, **options)
-    report = to_onnx.export(trained, tmp_path / "model.onnx", opset=opset)
+    report = to_onnx.export(trained, tmp_path / "model.onnx", options=GraphOptions(opset=opset))
     assert capfd.readouterr() == ("", "")
     hold_against_checkpoint(trained, tmp_path / "model.onnx", opset)
     assert report.parity.agreement == 1
@@ -129,14 +130,14 @@ def test_the_file_answers_as_the_model(tmp_path, capfd, name, opset):
 @pytest.mark.parametrize("opset", [19, 21, 22, 24, 25])
 def test_every_other_opset(tmp_path, opset):
     trained = tiny()
-    to_onnx.export(trained, tmp_path / "model.onnx", opset=opset)
+    to_onnx.export(trained, tmp_path / "model.onnx", options=GraphOptions(opset=opset))
     hold_against_checkpoint(trained, tmp_path / "model.onnx", opset)
 
 
 @pytest.mark.parametrize("opset", [17, 26])
 def test_an_opset_that_torch_writes_wrongly_is_refused_before_work(tmp_path, opset):
     with pytest.raises(RecipeError, match=f"opset {opset}"):
-        to_onnx.export(tiny(), tmp_path / "new" / "model.onnx", opset=opset)
+        to_onnx.export(tiny(), tmp_path / "new" / "model.onnx", options=GraphOptions(opset=opset))
     assert not list(tmp_path.iterdir())
 
 
@@ -151,10 +152,9 @@ def test_metadata(tmp_path, exported):
 
     source = tmp_path / "weights.bin"
     source.write_bytes(b"weights")
-    found = to_onnx._metadata(trained, 20, source, "b16_in21k")
+    found = to_onnx._metadata(trained, GraphOptions(), source)
     assert found["source_sha256"] == hashlib.sha256(b"weights").hexdigest()
-    assert found["recipe"] == "b16_in21k"
-    assert "source_sha256" not in to_onnx._metadata(trained, 20, tmp_path, None)
+    assert not {"source_sha256", "recipe"} & to_onnx._metadata(trained, GraphOptions(), tmp_path).keys()
 
 
 def test_nothing_of_this_machine_is_in_the_file(exported):
@@ -454,7 +454,8 @@ def test_deit_tiny_on_real_images(tmp_path, shared, opset):
     trained = load_checkpoint(file)
     images = [decode(path) for path in sorted((shared / "data" / "imagenet200").glob("*/*.JPEG"))]
     assert len(images) == 200
-    report = to_onnx.export(trained, tmp_path / "deit.onnx", images=images, opset=opset, source=file)
+    options = GraphOptions(opset=opset)
+    report = to_onnx.export(trained, tmp_path / "deit.onnx", images=images, options=options, source=file)
     print(report)
     assert report.parity.agreement == 1
     assert report.parity.images == 200

@@ -29,6 +29,7 @@ from vitcli.data.preprocess import normalise, prepare
 from vitcli.errors import DataError, RecipeError, StorageError
 from vitcli.exporters import _graph, _rebuild, _snippet
 from vitcli.exporters import onnx as to_onnx
+from vitcli.exporters.onnx import GraphOptions
 from vitcli.inference import torch_predictor
 from vitcli.model import ViTConfig
 from vitcli.model.attention import Attention, AttentionPool
@@ -137,7 +138,7 @@ def graph(request, tmp_path_factory):
         trained, file = request.getfixturevalue("plain")
     else:
         trained, file = tiny(**options), tmp_path_factory.mktemp("graph") / "model.onnx"
-        to_onnx.export(trained, file, opset=opset)
+        to_onnx.export(trained, file, options=GraphOptions(opset=opset))
     return trained, onnx.load(file), opset
 
 
@@ -202,7 +203,7 @@ def test_b16_at_full_size(tmp_path, opset, bar):
     nn.init.normal_(model.head.weight, std=0.02)
     classes = tuple(map(str, range(1000)))
     trained = checkpoint.Trained(model, config, classes, (224, 224), Preprocessing.parse({}), "a random B/16")
-    report = to_onnx.export(trained, tmp_path / "b16.onnx", opset=opset)
+    report = to_onnx.export(trained, tmp_path / "b16.onnx", options=GraphOptions(opset=opset))
     print(report)
     assert report.details["nodes"] <= bar
     hold_quality(model, onnx.load(tmp_path / "b16.onnx"), opset)
@@ -217,9 +218,8 @@ def half(tmp_path_factory):
     trained = _rebuild.at_resolution(tiny(), 48)
     file = tmp_path_factory.mktemp("half") / "half.onnx"
     stages = []
-    report = to_onnx.export(
-        trained, file, precision="fp16", softmax=True, max_batch=4, opset=23, on_stage=stages.append
-    )
+    options = GraphOptions(precision="fp16", softmax=True, max_batch=4, opset=23)
+    report = to_onnx.export(trained, file, options=options, on_stage=stages.append)
     return trained, file, report, stages
 
 
@@ -296,7 +296,8 @@ def test_a_resolution_that_the_patches_do_not_divide():
 @pytest.mark.parametrize("opset", [18, 20, 23])
 def test_fp16_of_every_activation(tmp_path, opset, activation):
     trained = tiny(activation=activation)
-    report = to_onnx.export(trained, tmp_path / "model.onnx", precision="fp16", opset=opset)
+    options = GraphOptions(precision="fp16", opset=opset)
+    report = to_onnx.export(trained, tmp_path / "model.onnx", options=options)
     assert report.parity.difference <= 1e-2 * max(1, report.parity.largest)
     assert faults(onnx.load(tmp_path / "model.onnx")) == []
 
@@ -307,7 +308,7 @@ def test_a_model_beyond_fp16_is_refused(tmp_path):
         trained.model.blocks[0].mlp.fc1.bias.fill_(70_000)
         trained.model.blocks[0].mlp.fc2.weight.mul_(1e-5)
     with pytest.raises(DataError, match="does not answer as its checkpoint") as caught:
-        to_onnx.export(trained, tmp_path / "model.onnx", precision="fp16")
+        to_onnx.export(trained, tmp_path / "model.onnx", options=GraphOptions(precision="fp16"))
     assert "leave out --fp16" in caught.value.hint
     assert not list(tmp_path.iterdir())
 
@@ -375,7 +376,8 @@ def int8(tmp_path_factory):
     images = exporters.photographs() * 2
     file = tmp_path_factory.mktemp("int8") / "int8.onnx"
     stages = []
-    report = to_onnx.export(trained, file, precision="int8", calibration=images, on_stage=stages.append)
+    options = GraphOptions(precision="int8", calib=images)
+    report = to_onnx.export(trained, file, options=options, on_stage=stages.append)
     return trained, file, report, stages
 
 
@@ -400,14 +402,9 @@ def test_a_drop_beyond_the_limit_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(_int8, "quantise", lambda *_, **__: None)
     monkeypatch.setattr(to_onnx, "_score", lambda *_: exporters.HeldOut(50, "labels", 0.8, 0.78, 2.0))
+    options = GraphOptions(precision="int8", calib=exporters.photographs(), max_drop=1.5)
     with pytest.raises(DataError, match=r"int8 loses 2.00 points of top-1 on 50 held-out images, more than --max-drop"):
-        to_onnx.export(
-            tiny(),
-            tmp_path / "model.onnx",
-            precision="int8",
-            calibration=exporters.photographs(),
-            max_drop=1.5,
-        )
+        to_onnx.export(tiny(), tmp_path / "model.onnx", options=options)
     assert not list(tmp_path.iterdir())
 
 
@@ -423,14 +420,14 @@ def test_top1_is_counted_against_labels_where_there_are_some():
     ("options", "error", "message"),
     [
         ({"precision": "int8"}, RecipeError, "--int8 and --calib"),
-        ({"calibration": exporters.photographs()}, RecipeError, "--int8 and --calib"),
-        ({"precision": "int8", "calibration": exporters.photographs()[:1]}, DataError, "1 images are not enough"),
+        ({"calib": exporters.photographs()}, RecipeError, "--int8 and --calib"),
+        ({"precision": "int8", "calib": exporters.photographs()[:1]}, DataError, "1 images are not enough"),
         ({"max_batch": 0}, RecipeError, "--max-batch 0"),
     ],
 )
 def test_options_that_cannot_be_are_refused_before_work(tmp_path, options, error, message):
     with pytest.raises(error, match=message):
-        to_onnx.export(tiny(), tmp_path / "new" / "model.onnx", **options)
+        to_onnx.export(tiny(), tmp_path / "new" / "model.onnx", options=GraphOptions(**options))
     assert not list(tmp_path.iterdir())
 
 
@@ -441,7 +438,7 @@ def test_options_that_cannot_be_are_refused_before_work(tmp_path, options, error
 @pytest.mark.parametrize(("mode", "bound"), [("normalise", 1e-5), ("full", 1e-2)])
 def test_a_file_that_prepares_images_answers_as_the_checkpoint(tmp_path, mode, bound):
     trained = replace(tiny(), preprocessing=Preprocessing(res=(32, 32), resize=36, interpolation="bicubic"))
-    report = to_onnx.export(trained, tmp_path / "model.onnx", preprocess=mode)
+    report = to_onnx.export(trained, tmp_path / "model.onnx", options=GraphOptions(preprocess=mode))
     assert report.parity.difference <= bound * max(1, report.parity.largest)
     assert metadata(tmp_path / "model.onnx")["preprocess"] == mode
     photographs = exporters.photographs()
@@ -512,7 +509,7 @@ def test_a_folder_without_permission(tmp_path):
 def test_fp16_beyond_one_file(tmp_path, monkeypatch):
     monkeypatch.setattr(_graph, "ONE_FILE", 0)
     trained = tiny()
-    to_onnx.export(trained, tmp_path / "big.onnx", precision="fp16")
+    to_onnx.export(trained, tmp_path / "big.onnx", options=GraphOptions(precision="fp16"))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["big.onnx", "big.onnx.data"]
     images = exporters.sample(trained.preprocessing, None)
     expected = torch_predictor(trained, "cpu").logits(images)
@@ -627,6 +624,8 @@ def test_the_command_reports_and_stores(vit, folder):
         (["--onnx", "--parity-images", "bad"], 3, "bad/b.png: not an image"),
         (["--to", "google", "--fp16"], 2, "--fp16 has no effect with --to google"),
         (["--to", "google", "--opset", "20"], 2, "--opset has no effect with --to google"),
+        (["--to", "google", "--max-batch", "8"], 2, "--max-batch has no effect with --to google"),
+        (["--to", "google", "--int8", "--calib", "full"], 2, "--int8 has no effect with --to google"),
         (["--onnx", "--to", "google"], 2, "--onnx does not go with --to google"),
         (["--onnx", "-o", "full/a.png/model.onnx"], 74, "cannot write"),
         ([], 2, "no format given"),
@@ -706,7 +705,8 @@ def deit(shared):
 @pytest.mark.parametrize("opset", [20, 23])
 def test_deit_tiny_in_fp16(tmp_path, deit, opset):
     trained, images, _ = deit
-    report = to_onnx.export(trained, tmp_path / "deit.onnx", images=images, precision="fp16", opset=opset)
+    options = GraphOptions(precision="fp16", opset=opset)
+    report = to_onnx.export(trained, tmp_path / "deit.onnx", images=images, options=options)
     print(report)
     assert report.parity.images == 200
     assert report.parity.agreement >= 0.995
@@ -716,17 +716,10 @@ def test_deit_tiny_in_fp16(tmp_path, deit, opset):
 @pytest.mark.parametrize("opset", [20, 23])
 def test_deit_tiny_in_int8(tmp_path, deit, opset):
     trained, images, labels = deit
-    whole = to_onnx.export(trained, tmp_path / "fp32.onnx", images=images[:20], opset=opset)
-    report = to_onnx.export(
-        trained,
-        tmp_path / "int8.onnx",
-        images=images,
-        precision="int8",
-        calibration=images,
-        labels=labels,
-        opset=opset,
-        max_drop=1.0,
-    )
+    options = GraphOptions(opset=opset)
+    whole = to_onnx.export(trained, tmp_path / "fp32.onnx", images=images[:20], options=options)
+    options = GraphOptions(opset=opset, precision="int8", calib=images, labels=labels, max_drop=1.0)
+    report = to_onnx.export(trained, tmp_path / "int8.onnx", images=images, options=options)
     print(report)
     assert report.held_out.images == 100
     assert report.megabytes <= 0.3 * whole.megabytes

@@ -19,6 +19,7 @@ from vitcli.data.preprocess import normalise, prepare
 from vitcli.errors import RecipeError
 from vitcli.exporters import _int8
 from vitcli.exporters import onnx as to_onnx
+from vitcli.exporters.onnx import GraphOptions
 from vitcli.model import ViTConfig
 
 TINY = {"width": 48, "depth": 2, "mlp_dim": 96, "heads": 4, "patch": 8}
@@ -40,7 +41,7 @@ def exported(tmp_path_factory, request) -> tuple[Path, Trained]:
     torch.nn.init.normal_(model.head.weight, std=0.5)
     trained = Trained(model, config, tuple("abcde"), (32, 32), Preprocessing(res=(32, 32)), "a random model")
     file = tmp_path_factory.mktemp("export") / "model.onnx"
-    to_onnx.export(trained, file, opset=request.param)
+    to_onnx.export(trained, file, options=GraphOptions(opset=request.param))
     return file, trained
 
 
@@ -201,7 +202,7 @@ def test_deit_tiny_on_real_images(tmp_path, shared, opset):
     p = trained.preprocessing
     pixels = normalise(torch.stack([prepare(decode(path), p) for path in paths]), p).numpy()
     file = tmp_path / "deit.onnx"
-    to_onnx.export(trained, file, opset=opset)
+    to_onnx.export(trained, file, options=GraphOptions(opset=opset))
     before = np.concatenate([run(file, part) for part in np.split(pixels, 20)])
     after = np.empty_like(before)
     for half in (0, 1):  # each calibrates for the other, so that every image is held out once

@@ -76,6 +76,7 @@ def test_an_exporter_takes_a_model_and_its_own_options(name, module):
     assert (trained.name, trained.annotation, out.name, out.annotation) == ("trained", "Trained", "out", "Path")
     assert signature.return_annotation == "Report"
     assert options[0].name == "images"
+    assert ("options" in signature.parameters) == hasattr(module, "OPTIONS")
     for option in options:
         assert option.kind is inspect.Parameter.KEYWORD_ONLY
         assert option.annotation is not inspect.Parameter.empty

@@ -24,6 +24,7 @@ from vitcli.errors import DataError, RecipeError, UserError
 from vitcli.exporters import _image_graph
 from vitcli.exporters import onnx as to_onnx
 from vitcli.exporters import tensorrt as to_tensorrt
+from vitcli.exporters.onnx import GraphOptions
 from vitcli.onnx import tensorrt_library
 from vitcli.onnx.model import OnnxPredictor
 from vitcli.onnx.session import Session
@@ -69,8 +70,8 @@ export_onnx = to_onnx.export  # which some tests replace
 
 
 def write(trained, file, precision, opset):
-    calibration = exporters.photographs() if precision == "int8" else None
-    return export_onnx(trained, file, opset=opset, precision=precision, calibration=calibration)
+    calib = exporters.photographs() if precision == "int8" else None
+    return export_onnx(trained, file, options=GraphOptions(opset=opset, precision=precision, calib=calib))
 
 
 @pytest.fixture(scope="module")
@@ -215,8 +216,8 @@ def written(exported, monkeypatch):
     """Take the .onnx that was written before, which saves seconds."""
 
     @wraps(export_onnx)
-    def copy(trained, file, *, opset=20, precision="fp32", **options):
-        source, report = exported(precision, opset)
+    def copy(trained, file, *, options=to_onnx.PLAIN, **_):
+        source, report = exported(options.precision, options.opset)
         shutil.copy(source, file)
         return replace(report, file=str(file))
 
@@ -226,7 +227,7 @@ def written(exported, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.usefixtures("library", "written")
 def test_export_says_that_it_did_not_run_the_engine(tmp_path):
-    report = to_tensorrt.export(tiny(), tmp_path / "tiny.plan", opset=23)
+    report = to_tensorrt.export(tiny(), tmp_path / "tiny.plan", options=GraphOptions(opset=23))
     assert sorted(child.name for child in tmp_path.iterdir()) == ["tiny.onnx", "tiny.plan"]
     assert (report.target, report.file) == ("tensorrt", str(tmp_path / "tiny.plan"))
     assert report.megabytes == round((tmp_path / "tiny.plan").stat().st_size / 1e6, 1)
@@ -293,7 +294,7 @@ def test_the_command_is_printed_after_an_onnx_export(vit, tmp_path):
 
 def test_any_size_is_refused_before_work(tmp_path, library):
     with pytest.raises(RecipeError, match="--preprocess full"):
-        to_tensorrt.export(tiny(), tmp_path / "tiny.plan", preprocess="full")
+        to_tensorrt.export(tiny(), tmp_path / "tiny.plan", options=GraphOptions(preprocess="full"))
     assert not list(tmp_path.iterdir())
 
 
@@ -417,9 +418,9 @@ def test_every_architecture(tmp_path, library, name, precision, opset):
 def test_deit_tiny(tmp_path, shared, library, precision, opset):
     trained = checkpoint.load(shared / "data" / "deit_tiny_patch16_224.pth")
     photographs = sorted((shared / "data" / "imagenet200").glob("*/*.JPEG"))[::10]
-    calibration = [decode(path) for path in photographs] if precision == "int8" else None
+    calib = [decode(path) for path in photographs] if precision == "int8" else None
     file = tmp_path / "deit.onnx"
-    to_onnx.export(trained, file, opset=opset, precision=precision, calibration=calibration)
+    to_onnx.export(trained, file, options=GraphOptions(opset=opset, precision=precision, calib=calib))
     assert_ready(file, opset)
     assert len(to_tensorrt.build(library, file, 256)) > 1e6
 

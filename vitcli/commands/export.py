@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import json as jsons
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
 from vitcli.commands.console import answer, err, tell
 from vitcli.commands.options import RESULT, Json, newest
 from vitcli.errors import DataError, RecipeError
+from vitcli.onnx import Preprocess
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from vitcli.exporters import Report
 
 PARITY, CALIBRATION = 512, 1000  # the most images that are taken of a folder, evenly spread over it
-FLAGS = {"calibration": "calib", "max_drop": "max-drop", "max_batch": "max-batch"}
 GRAPH, INT8 = "The graph", "INT8"
 
 
@@ -56,7 +55,7 @@ def export(
     int8: Annotated[bool, Option("--int8", help="8-bit linear layers; needs --calib.", rich_help_panel=GRAPH)] = False,
     opset: Annotated[int | None, Option(help="ONNX operator set, 18 to 25. [dim]20[/]", rich_help_panel=GRAPH)] = None,
     preprocess: Annotated[
-        Literal["none", "normalise", "full"],
+        Preprocess,
         Option(help="What the graph does to uint8 images itself; full: resize and crop too.", rich_help_panel=GRAPH),
     ] = "none",
     softmax: Annotated[
@@ -98,17 +97,17 @@ def export(
         raise RecipeError("--fp16 does not go with --int8", "give one of them")
     if int8 and not calib:
         raise RecipeError("--int8 needs images to calibrate on", "--calib FOLDER, with some hundreds of images")
-    for given, flag in ((calib, "calib"), (skip, "skip"), (percentile, "percentile"), (max_drop, "max-drop")):
-        if given is not None and not int8:
+    of_int8 = {"calib": calib, "skip": skip, "percentile": percentile, "max_drop": max_drop}
+    chosen = {"precision": "fp16" if fp16 else "int8" if int8 else None, "opset": opset, "max_batch": max_batch}
+    chosen |= {"preprocess": preprocess if preprocess != "none" else None, "softmax": softmax or None} | of_int8
+    given: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
+    known = {field.name for field in fields(target.OPTIONS)} if hasattr(target, "OPTIONS") else set()
+    for key, value in given.items():
+        flag = value if key == "precision" else key.replace("_", "-")
+        if key in of_int8 and not int8:
             raise RecipeError(f"--{flag} has no effect without --int8")
-    chosen: dict[str, Any] = {"opset": opset, "skip": skip, "percentile": percentile, "max_drop": max_drop}
-    chosen |= {"preprocess": preprocess if preprocess != "none" else None, "softmax": softmax or None}
-    chosen |= {"precision": "fp16" if fp16 else "int8" if int8 else None, "max_batch": max_batch, "calibration": calib}
-    options = {key: value for key, value in chosen.items() if value is not None}
-    takes = inspect.signature(target.export).parameters
-    for key in options.keys() - takes.keys():
-        flag = options[key] if key == "precision" else FLAGS.get(key, key)
-        raise RecipeError(f"--{flag} has no effect with --to {name}", "it is for --onnx")
+        if key not in known:
+            raise RecipeError(f"--{flag} has no effect with --to {name}", "it is for --onnx")
 
     from vitcli import checkpoint
     from vitcli.report import tables
@@ -118,22 +117,22 @@ def export(
     trained = checkpoint.load(ckpt)
     folder = ckpt if (ckpt / "checkpoints").is_dir() else None
     usual = folder / "export" / target.OUTPUT if folder else Path(target.OUTPUT.replace("model", ckpt.stem))
-    place = output or usual.with_stem("_".join([usual.stem, *([str(res)] if res else []), *_suffix(options)]))
+    suffixes = [str(part) for part in (res, given.get("precision")) if part]
+    place = output or usual.with_stem("_".join([usual.stem, *suffixes]))
     if res:
         from vitcli.exporters._rebuild import at_resolution
 
         trained = at_resolution(trained, res)
     if calib:
-        options["calibration"], options["labels"] = _calibration(calib, trained)
+        given["calib"], given["labels"] = _calibration(calib, trained)
     images, origin = _parity_images(parity_images, trained)
-    if "source" in takes:
-        options |= {"source": _weights(ckpt), "recipe": _recipe(trained)}
     with Stages(err) as stages:
-        if "on_stage" in takes:
-            options["on_stage"] = stages.begin
+        if known:
+            more = {"options": target.OPTIONS(**given), "source": _weights(ckpt), "on_stage": stages.begin}
         else:
             stages.begin(f"export to {name}")
-        report: Report = target.export(trained, place, images=images, **options)
+            more = {}
+        report: Report = target.export(trained, place, images=images, **more)
     facts = asdict(report) | {"parity_images": origin}
     if name == "onnx" and (line := _trtexec(place, max_batch)):
         facts["trtexec"] = line
@@ -161,10 +160,6 @@ def _one(*, onnx: bool, tensorrt: bool, to: str | None) -> str:
     if not named:
         raise RecipeError("no format given", "vit export --onnx, or --to huggingface")
     return next(iter(named))
-
-
-def _suffix(options: dict[str, Any]) -> list[str]:
-    return [options["precision"]] if "precision" in options else []
 
 
 class Files(Sequence):
@@ -224,13 +219,6 @@ def _weights(ckpt: Path) -> Path:
     """The file that holds the weights of a checkpoint, whose SHA-256 the export names."""
     places = [ckpt / "model.safetensors", *(ckpt / name / "model.safetensors" for name in ("best", "last"))]
     return next((place for place in places if place.is_file()), ckpt)
-
-
-def _recipe(trained: Trained) -> str | None:
-    """The run's recipe as JSON, but for where its data lay."""
-    if trained.recipe is None:
-        return None
-    return jsons.dumps(trained.recipe.model_dump(mode="json", exclude={"data": {"source"}}))
 
 
 def _trtexec(file: Path, max_batch: int | None) -> str | None:

@@ -3,11 +3,13 @@
 To add a target, add a file with
 
     OUTPUT = "model.onnx"                    the usual name of what it writes, a file or a folder
-    def export(trained: Trained, out: Path, *, images: Sequence[Image] | None = None, OPTIONS) -> Report
+    def export(trained: Trained, out: Path, *, images: Sequence[Image] | None = None) -> Report
 
-where OPTIONS are the target's own, typed and with defaults. It writes into `place_for(out)`, opens what it wrote as
-a Predictor, and passes it to `check`: what answers otherwise than the checkpoint never gets its final name. For a
-format of vitcli/weights, `_weights.export` does all of this.
+It writes into `place_for(out)`, opens what it wrote as a Predictor, and passes it to `check`: what answers otherwise
+than the checkpoint never gets its final name. For a format of vitcli/weights, `_weights.export` does all of this.
+
+Where there is more to choose, OPTIONS is a frozen dataclass of it, each field named as its flag; then `export` takes
+`options`, `source` and `on_stage`, too, as that of `onnx`.
 """
 
 from __future__ import annotations

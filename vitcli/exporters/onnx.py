@@ -16,6 +16,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -35,6 +36,7 @@ from vitcli.exporters import (
     rate,
     sample,
 )
+from vitcli.onnx import Preprocess
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +51,25 @@ if TYPE_CHECKING:
 OUTPUT = "model.onnx"
 OPSETS = range(18, 26)  # torch 2.15 writes invalid files at 17 and 26, and says nothing
 LEAST = -80.0  # logs of probabilities below this count as equal; float32 ends at -87
-Preprocess = Literal["none", "normalise", "full"]
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """What may be chosen about a graph; from `calib` on, of int8 alone."""
+
+    opset: int = 20
+    precision: Precision = "fp32"  # inside; --fp16 or --int8
+    preprocess: Preprocess = "none"
+    softmax: bool = False  # probabilities instead of logits
+    max_batch: int | None = None  # the largest batch, for the metadata
+    calib: Sequence[Image] | None = None  # every other image calibrates, and the rest are scored
+    labels: Sequence[int] | None = None  # the classes of all of `calib`; None scores against fp32
+    skip: Sequence[str] = ()  # layers to leave in fp32
+    percentile: float = 99.999  # of activations that fit
+    max_drop: float | None = None  # the most top-1 that may be lost, in points
+
+
+OPTIONS, PLAIN = GraphOptions, GraphOptions()
 
 
 def export(
@@ -57,26 +77,14 @@ def export(
     out: Path,
     *,
     images: Sequence[Image] | None = None,
-    opset: int = 20,
+    options: GraphOptions = PLAIN,
     source: Path | None = None,
-    recipe: str | None = None,
-    precision: Precision = "fp32",
-    calibration: Sequence[Image] | None = None,
-    labels: Sequence[int] | None = None,
-    skip: Sequence[str] = (),
-    percentile: float = 99.999,
-    max_drop: float | None = None,
-    preprocess: Preprocess = "none",
-    softmax: bool = False,
-    max_batch: int | None = None,
     on_stage: Callable[[str], None] | None = None,
 ) -> Report:
     """Write `out`, and above 1.8 GB of weights `out`.data beside it, and hold it against the checkpoint on `images`.
 
-    `source` is the file that the model was loaded from, `recipe` its training's recipe as JSON without the place of its
-    data, both for the metadata. int8 calibrates on every other image of `calibration`, as `skip` and `percentile` say,
-    and is scored on the rest: against `labels`, the classes of all of them, or else against fp32; `max_drop` is in
-    points. `on_stage` is told what begins: trace, optimise, quantise, check, parity.
+    `source` is the file that the model was loaded from, for the metadata. `on_stage` is told what begins: trace,
+    optimise, quantise, check, parity.
 
     Raises RecipeError for options that cannot be, CheckpointError for a model without classes, DataError if the file
     does not answer as the checkpoint or loses more than `max_drop`, StorageError.
@@ -85,18 +93,17 @@ def export(
     from vitcli.exporters._snippet import snippet
     from vitcli.inference import torch_predictor
 
-    _refuse(trained, opset, precision, calibration, softmax, max_batch)
+    _refuse(trained, options)
+    precision, max_batch = options.precision, options.max_batch
     begin, stage = time.monotonic(), on_stage or (lambda name: None)
     reference = torch_predictor(trained, "cpu")
     prepared = sample(trained.preprocessing, images)
-    halves = _halves(trained, calibration) if calibration else None
-    metadata = _metadata(trained, opset, source, recipe) | {"precision": precision, "preprocess": "none"}
-    metadata |= {"softmax": "true"} if softmax else {}
-    metadata |= {"max_batch": str(max_batch)} if max_batch else {}
+    halves = _halves(trained, options.calib) if options.calib else None
+    metadata = _metadata(trained, options, source)
 
     with place_for(out) as file:
         stage("trace")
-        graph = _trace(trained, opset, precision, softmax)
+        graph = _trace(trained, options)
         stage("optimise")
         _graph.tidy(graph)
         _graph.save(graph, file, beside=_graph.size(graph) > _graph.ONE_FILE)
@@ -104,25 +111,28 @@ def export(
             from vitcli.exporters import _int8
 
             stage("quantise")
-            _int8.quantise(file, _normalised(trained, halves[0]), skip=skip, percentile=percentile)
+            calibration = _normalised(trained, halves[0])
+            _int8.quantise(file, calibration, skip=options.skip, percentile=options.percentile)
         stage("check")
         model = _graph.finish(file, metadata)
-        _check_opset(model, opset)
+        _check_opset(model, options.opset)
         stage("parity")
         exported = _open(file)
-        parity = check(*_comparable(softmax, reference, exported), prepared, precision, max_batch=max_batch)
-        held_out = _score(reference, exported, halves[1], labels[1::2] if labels else None) if halves else None
-        _check_drop(held_out, max_drop)
-        if preprocess != "none":
-            model = _prepend(trained, file, model, preprocess, metadata)
-            both = _comparable(softmax, reference, _open(file))
-            if preprocess == "full":
+        both = _comparable(options.softmax, reference, exported)
+        parity = check(*both, prepared, precision, max_batch=max_batch)
+        labels = options.labels[1::2] if options.labels else None
+        held_out = _score(reference, exported, halves[1], labels) if halves else None
+        _check_drop(held_out, options.max_drop)
+        if options.preprocess != "none":
+            model = _prepend(trained, file, model, options.preprocess, metadata)
+            both = _comparable(options.softmax, reference, _open(file))
+            if options.preprocess == "full":
                 bound = "full" if precision == "fp32" else precision
                 parity = _check_whole(trained, *both, images, bound, max_batch)
             else:
                 parity = check(*both, prepared, precision, max_batch=max_batch)
         size = sum(part.stat().st_size for part in file.parent.iterdir())
-    details: dict[str, str | int] = {"opset": opset, "nodes": len(model.graph.node)}
+    details: dict[str, str | int] = {"opset": options.opset, "nodes": len(model.graph.node)}
     return Report(
         target="onnx",
         file=str(out),
@@ -135,33 +145,27 @@ def export(
         snippet=snippet(
             str(out),
             trained.preprocessing,
-            preprocess,
+            options.preprocess,
             tokens=trained.config.pool == "none",
             multi_label=trained.thresholds is not None,
         ),
     )
 
 
-def _refuse(
-    trained: Trained,
-    opset: int,
-    precision: Precision,
-    calibration: Sequence[Image] | None,
-    softmax: bool,
-    max_batch: int | None,
-) -> None:
-    if opset not in OPSETS:
-        raise RecipeError(f"--opset {opset} is not possible", f"choose from {OPSETS[0]} to {OPSETS[-1]}")
+def _refuse(trained: Trained, options: GraphOptions) -> None:
+    max_batch, calib = options.max_batch, options.calib
+    if options.opset not in OPSETS:
+        raise RecipeError(f"--opset {options.opset} is not possible", f"choose from {OPSETS[0]} to {OPSETS[-1]}")
     if max_batch is not None and max_batch < 1:
         raise RecipeError(f"--max-batch {max_batch} is not possible", "at least 1")
-    if (precision == "int8") != (calibration is not None):
+    if (options.precision == "int8") != (calib is not None):
         raise RecipeError("--int8 and --calib go together", "vit export --onnx --int8 --calib FOLDER")
-    if calibration is not None and len(calibration) < 2:
+    if calib is not None and len(calib) < 2:
         raise DataError(
-            f"{len(calibration)} images are not enough to calibrate on: half of them are held out",
+            f"{len(calib)} images are not enough to calibrate on: half of them are held out",
             "give some hundreds, like those that the model will see",
         )
-    if softmax and trained.thresholds is not None:
+    if options.softmax and trained.thresholds is not None:
         raise RecipeError(
             "--softmax is for classes that exclude one another, and an image may be of several of this model's",
             "leave it out, and apply a sigmoid to the logits",
@@ -186,14 +190,14 @@ def _normalised(trained: Trained, images: Tensor) -> list[np.ndarray]:
     return [normalise(part, trained.preprocessing).numpy() for part in images.split(8)]
 
 
-def _trace(trained: Trained, opset: int, precision: Precision, softmax: bool) -> ir.Model:
+def _trace(trained: Trained, options: GraphOptions) -> ir.Model:
     import torch
 
     from vitcli.exporters import _graph
     from vitcli.exporters._rebuild import rebuilt
 
-    dtype = torch.float16 if precision == "fp16" else torch.float32
-    return _graph.trace(rebuilt(trained, trained.image_size, dtype), opset, softmax)
+    dtype = torch.float16 if options.precision == "fp16" else torch.float32
+    return _graph.trace(rebuilt(trained, trained.image_size, dtype), options.opset, options.softmax)
 
 
 def _prepend(
@@ -207,22 +211,24 @@ def _prepend(
     return _graph.finish(file, metadata | {"preprocess": mode})
 
 
-def _metadata(trained: Trained, opset: int, source: Path | None, recipe: str | None) -> dict[str, str]:
+def _metadata(trained: Trained, options: GraphOptions, source: Path | None) -> dict[str, str]:
     metadata = {
         "vitcli": __version__,
-        "opset": str(opset),
+        "opset": str(options.opset),
         "model": trained.config.model_dump_json(),
         "classes": json.dumps(trained.classes),
         "preprocessing": trained.preprocessing.model_dump_json(),
     }
     if trained.thresholds is not None:
         metadata["thresholds"] = json.dumps(trained.thresholds)
-    if recipe:
-        metadata["recipe"] = recipe
+    if trained.recipe is not None:
+        metadata["recipe"] = json.dumps(trained.recipe.model_dump(mode="json", exclude={"data": {"source"}}))
     if source and source.is_file():
         with source.open("rb") as file:
             metadata["source_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    return metadata
+    metadata |= {"precision": options.precision, "preprocess": "none"}
+    metadata |= {"softmax": "true"} if options.softmax else {}
+    return metadata | ({"max_batch": str(options.max_batch)} if options.max_batch else {})
 
 
 def _check_opset(model: onnx.ModelProto, opset: int) -> None:

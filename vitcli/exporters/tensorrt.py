@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitcli.errors import DataError, RecipeError, UserError
-from vitcli.exporters import Precision, Report, check, onnx, place_for, sample
+from vitcli.exporters import Report, check, onnx, place_for, sample
 from vitcli.onnx import tensorrt_library
 from vitcli.onnx.tensorrt_library import Library
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vitcli.checkpoint import Trained
 
 OUTPUT = "model.plan"
+OPTIONS = onnx.GraphOptions
 Shape = tuple[int, ...]
 USUAL, LARGEST = 32, 256  # images in a batch: what the engine is tuned for, and the most that it takes
 
@@ -35,21 +36,11 @@ def export(
     out: Path,
     *,
     images: Sequence[Image] | None = None,
-    opset: int = 20,
+    options: onnx.GraphOptions = onnx.PLAIN,
     source: Path | None = None,
-    recipe: str | None = None,
-    precision: Precision = "fp32",
-    calibration: Sequence[Image] | None = None,
-    labels: Sequence[int] | None = None,
-    skip: Sequence[str] = (),
-    percentile: float = 99.999,
-    max_drop: float | None = None,
-    preprocess: onnx.Preprocess = "none",
-    softmax: bool = False,
-    max_batch: int | None = None,
     on_stage: Callable[[str], None] | None = None,
 ) -> Report:
-    """Write the .onnx beside `out` and build `out` from it; the options are the ONNX target's.
+    """Write the .onnx beside `out` and build `out` from it; what it takes is the ONNX target's.
 
     The engine itself is held against the checkpoint where it can run; else `details` says why not, and the parity is
     the .onnx file's. Raises UserError without TensorRT, DataError for a graph that it does not build and for an engine
@@ -58,38 +49,22 @@ def export(
     from vitcli.inference import torch_predictor
     from vitcli.onnx.model import OnnxPredictor
 
-    if preprocess == "full":
+    if options.preprocess == "full":
         raise RecipeError("--preprocess full does not go with TensorRT: it takes images of one size", "take normalise")
     library, file = _library(), out.with_suffix(".onnx")
     begin, stage = time.monotonic(), on_stage or (lambda name: None)
-    written = onnx.export(
-        trained,
-        file,
-        images=images,
-        opset=opset,
-        source=source,
-        recipe=recipe,
-        precision=precision,
-        calibration=calibration,
-        labels=labels,
-        skip=skip,
-        percentile=percentile,
-        max_drop=max_drop,
-        preprocess=preprocess,
-        softmax=softmax,
-        max_batch=max_batch,
-        on_stage=on_stage,
-    )
+    written = onnx.export(trained, file, images=images, options=options, source=source, on_stage=on_stage)
     with place_for(out) as place:
         stage("build")
-        plan = build(library, file, max_batch or LARGEST)
+        plan = build(library, file, options.max_batch or LARGEST)
         place.write_bytes(plan)
         parity, reason = written.parity, tensorrt_library.why_not(library)
         if reason is None:
             stage("parity")
             pair = torch_predictor(trained, "cpu"), OnnxPredictor(file, runner=Engine(library, plan))
-            reference, engine = map(onnx.LogProbabilities, pair) if softmax else pair
-            parity = check(reference, engine, sample(trained.preprocessing, images), precision, max_batch=max_batch)
+            reference, engine = map(onnx.LogProbabilities, pair) if options.softmax else pair
+            prepared = sample(trained.preprocessing, images)
+            parity = check(reference, engine, prepared, options.precision, max_batch=options.max_batch)
     ran = f"not run, the parity is the .onnx file's: {reason}" if reason else "agrees"
     return replace(
         written,

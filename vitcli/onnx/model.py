@@ -6,7 +6,7 @@ import json
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import onnx
 import torch
@@ -18,10 +18,9 @@ from vitcli.checkpoint import checked_thresholds
 from vitcli.data import Preprocessing
 from vitcli.data.preprocess import normalise
 from vitcli.errors import CheckpointError
+from vitcli.onnx import Preprocess
 from vitcli.onnx.providers import Provider
 from vitcli.onnx.session import Runner, Session
-
-Preprocess = Literal["none", "normalise", "full"]  # what of the preparing the graph does itself
 
 
 class OnnxPredictor:
