@@ -39,8 +39,8 @@ def score(
     `processes` share the images.
 
     `batches` are those of `eval_batches` with this process's `share_of` the images, where the caller keeps them.
-    `on_batch` is told how many images are done. Raises DataError for a class that the model does not know, and for
-    an unreadable image unless `allow_bad`; NumericsError where the model does not answer with numbers.
+    `on_batch` is told how many more images are there. Raises DataError for a class that the model does not know, and
+    for an unreadable image unless `allow_bad`; NumericsError where the model does not answer with numbers.
     """
     columns = torch.tensor(imagenet.match(dataset.classes, predictor.classes))
     seen = columns[torch.from_numpy(np.flatnonzero(dataset.counts))].unique()
@@ -72,7 +72,8 @@ def score(
     with closing(loaded) as parts:  # pyright: ignore[reportArgumentType] (a generator, which ends its processes)
         for part in parts:
             waiting += time.monotonic() - asked
-            bad |= part.get("bad", {})
+            unreadable = part.get("bad", {})
+            bad |= unreadable
             if bad and not allow_bad:
                 break
             images, labels = part["images"], part["labels"]
@@ -85,12 +86,10 @@ def score(
             if len(due) > 1:
                 add()
             if on_batch:
-                on_batch(tally.images + len(bad))
+                on_batch(len(labels) + len(unreadable))
             asked = time.monotonic()
     if due:
         add()
-    if on_batch:
-        on_batch(tally.images + len(bad))
     bad = {index: told for part in processes.all(bad) for index, told in part.items()}
     tally, *others = processes.all(tally)
     for other in others:

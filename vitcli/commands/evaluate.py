@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from vitcli.commands.console import answer, err, tell
+from vitcli.commands.console import answer, tell
 from vitcli.commands.options import INPUT, RESULT, Checkpoint, Device, Json, Precision, Provider, newest
 from vitcli.errors import DataError, RecipeError
+from vitcli.waiting import bar
 
 if TYPE_CHECKING:
     from vitcli.data.sources import Dataset
@@ -72,8 +73,8 @@ def evaluate(
         raise RecipeError("--min-map is for several labels an image, and these have one", "take --min-top1")
     for note in dataset.notes:
         tell(note)
-    with err.status(f"scoring {len(dataset):,} images"):
-        scores = score(predictor, dataset, batch=batch, workers=workers, allow_bad=allow_bad)
+    with bar("scoring images", len(dataset)) as advance:
+        scores = score(predictor, dataset, batch=batch, workers=workers, allow_bad=allow_bad, on_batch=advance)
     answer(
         json,
         lambda: tables.scores_json(scores, str(ckpt)),

@@ -2,8 +2,7 @@
 
 A resize is one matrix product for each side, with weights that the graph computes from the image's size: ONNX Runtime's
 own Resize is up to 12 levels of 255 away from PIL. Weights are in PIL's or torch's fixed point, products in float64,
-levels are rounded where they round, so the answer is theirs to the bit. It is that of the libraries at hand: Pillow
-begins with the rows of some images since 13, and torch has this fixed point on x86.
+levels are rounded where they round, so the answer is theirs to the bit: Pillow's since version 13, torch's on x86.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import onnx
-import PIL
 from onnx import TensorProto, helper, numpy_helper
 
 if TYPE_CHECKING:
@@ -240,9 +238,7 @@ def _fixed_point(weights: _Value, unit: _Value | float) -> _Value:
 def _in_pil_order(
     planes: _Value, rows: _Side, columns: _Side, down: _Value, across: _Value, p: Preprocessing
 ) -> _Value:
-    """Columns first; since Pillow 13 rows first where they shrink by more than twice as many as the columns do."""
-    if int(PIL.__version__.split(".")[0]) < 13:
-        return _levels(down @ _levels(planes @ across))
+    """Columns first, but rows first where they shrink by more than twice as many as the columns do."""
     graph = planes.graph
     fewer_rows, fewer_columns = rows.given - rows.whole, columns.given - columns.whole
     rows_first = fewer_rows > graph("Max", fewer_columns * 2.0, 0.0)

@@ -14,6 +14,7 @@ from rich.text import Text
 from vitcli import __version__
 from vitcli.data.parallel import cores
 from vitcli.report.doctor import cpu_name
+from vitcli.report.plots import drawn
 from vitcli.report.tables import printable, to_json
 
 if TYPE_CHECKING:
@@ -81,11 +82,6 @@ def markdown(bench: Bench) -> str:
 
 def chart(bench: Bench, form: str) -> bytes:
     """A bar for each contender, with its slowest and fastest block; the facts under it. `form` is png, svg or pdf."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from io import BytesIO
-
     from matplotlib.figure import Figure
 
     shown = [result for result in bench.results if result.blocks][::-1]
@@ -106,9 +102,7 @@ def chart(bench: Bench, form: str) -> bytes:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(f"{bench.task}: {bench.model}", fontsize=10, loc="left")
     figure.supxlabel("\n".join(value for _, value in _facts(bench)[1:]), fontsize=6.5, color="#57606a", wrap=True)
-    buffer = BytesIO()
-    figure.savefig(buffer, format=form, dpi=110)
-    return buffer.getvalue()
+    return drawn(figure, form)
 
 
 def _facts(bench: Bench) -> list[tuple[str, str]]:

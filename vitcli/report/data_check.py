@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitcli import storage
+from vitcli.report.plots import drawn
 from vitcli.report.tables import printable
 
 if TYPE_CHECKING:
@@ -50,9 +50,6 @@ def lines(check: Check) -> Iterator[str]:
 
 def draw(check: Check, picture: Path) -> None:
     """A bar for each class, the largest first; with many classes a curve."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
     splits = list(check.classes)
@@ -71,7 +68,5 @@ def draw(check: Check, picture: Path) -> None:
         axes.set_ylabel("images")
         axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
-    buffer = BytesIO()
     with warnings.catch_warnings(action="ignore"):  # letters of class names that the font lacks
-        figure.savefig(buffer, format="png", dpi=110)
-    storage.write_file(picture, buffer.getvalue())
+        storage.write_file(picture, drawn(figure))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vitcli import storage
 from vitcli.history import MEASURES, measure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from vitcli.history import Row
 
@@ -32,7 +34,7 @@ def draw_results(metrics: Path, picture: Path, title: str) -> None:
         score.annotate(f"{scores[best]:.2f}%", place, (0, -16), textcoords="offset points", ha="center", va="top")
     lr.plot(*_curve(rows, "lr"), color="#d97706")
     figure.suptitle(title)
-    _save(figure, picture)
+    storage.write_file(picture, drawn(figure))
 
 
 def draw_comparison(logs: dict[str, list[Row]], picture: Path) -> None:
@@ -45,14 +47,11 @@ def draw_comparison(logs: dict[str, list[Row]], picture: Path) -> None:
         score.plot(*_curve(rows, keys[name], 100), color=f"C{number}", marker=".", label=name.replace("$", r"\$"))
         lr.plot(*_curve(rows, "lr"), color=f"C{number}")
     score.legend(frameon=False)
-    _save(figure, picture)
+    storage.write_file(picture, drawn(figure))
 
 
-def _figure(keys: Iterable[str]) -> tuple[Any, list[Axes]]:
+def _figure(keys: Iterable[str]) -> tuple[Figure, list[Axes]]:
     """Axes for the loss, what the runs are chosen by, and the learning rate."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
@@ -71,9 +70,8 @@ def _curve(rows: list[Row], key: str, scale: float = 1) -> tuple[list[float], li
     return [x for x, _ in found], [y for _, y in found]
 
 
-def _save(figure: Any, picture: Path) -> None:
-    from io import BytesIO
-
+def drawn(figure: Figure, form: str = "png") -> bytes:
+    """A figure as a file; `form` is png, svg or pdf."""
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    storage.write_file(picture, buffer.getvalue())
+    figure.savefig(buffer, format=form, dpi=110)
+    return buffer.getvalue()
