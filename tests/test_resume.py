@@ -102,6 +102,18 @@ def test_damaged_newest_checkpoint_is_passed_over(zygote, undisturbed, tmp_path,
     assert content(run) == content(undisturbed)
 
 
+def test_a_copy_beside_the_checkpoints_is_none_of_them(zygote, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    shutil.rmtree(run / "last")
+    newest = run / "checkpoints" / f"step_{STEPS:08d}"
+    copy = newest.rename(newest.with_name(f"{newest.name} copy"))
+    said = zygote(tmp_path, *words(tmp_path))
+    assert said.code == 0, said.err
+    shutil.rmtree(copy)
+    assert content(run) == content(undisturbed)
+
+
 def test_no_whole_checkpoint_left(zygote, undisturbed, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)

@@ -8,6 +8,7 @@ training.safetensors and state.json hold the rest of what training needs to go o
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,8 +113,9 @@ def save_model(
 
 
 def saved(checkpoints: Path) -> dict[Path, int]:
-    """The checkpoints of a run and their steps, the oldest first."""
-    return {folder: int(folder.name.removeprefix("step_")) for folder in sorted(checkpoints.glob("step_*"))}
+    """The checkpoints of a run and their steps, the oldest first; a copy beside them is none."""
+    found = [folder for folder in sorted(checkpoints.glob("step_*")) if re.fullmatch(r"step_\d+", folder.name)]
+    return {folder: int(folder.name.removeprefix("step_")) for folder in found}
 
 
 def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
