@@ -292,6 +292,14 @@ def test_other_patches(vit, torchvision_file):
     assert "position table stretched 4x4 -> 2x2 (bicubic_corners)" in said.err
 
 
+def test_a_position_for_the_class_token_that_the_new_model_lacks(vit, torchvision_file):
+    said = finetune(vit, torchvision_file, "--res", 16, "--set", "model.posemb_class=false", "--run", "run")
+    assert said.code == 4
+    assert said.err.splitlines()[-1] == (
+        "error: theirs.safetensors (torchvision): pos_embed has shape [1, 5, 48], expected [1, 4, 48]"
+    )
+
+
 def test_keep_pre_logits(vit, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from vitcli.checkpoint import Trained, check_fit
 from vitcli.errors import CheckpointError
 from vitcli.model import ViTConfig
@@ -15,7 +17,7 @@ def start_from(trained: Trained, config: ViTConfig, classes: int, image_size: tu
     Returns the model and a line for each thing that was not taken over as it is. Raises CheckpointError where the
     architectures differ otherwise.
     """
-    from vitcli.model.position import resize_state
+    from vitcli.model.position import resize
     from vitcli.model.stem import resize_patches
 
     model = config.build(classes, image_size)
@@ -23,17 +25,18 @@ def start_from(trained: Trained, config: ViTConfig, classes: int, image_size: tu
     notes = []
 
     before, after = trained.config.patch, config.patch
-    size = trained.image_size
     if before != after:
         if config.stem or trained.config.stem:
             raise CheckpointError(f"{trained.origin}: a hybrid's patches are not resized", f"set model.patch={before}")
         old = {**old, "patch_embed.proj.weight": resize_patches(old["patch_embed.proj.weight"], after)}
-        size = (size[0] // before * after, size[1] // before * after)  # which has as many of the new patches
         notes.append(f"patches resized {before}x{before} -> {after}x{after} (FlexiViT's pseudo-inverse)")
-    if size != image_size and "pos_embed" in old:
-        old = resize_state(old, config, size, image_size)
-        grids = " -> ".join("x".join(map(str, config.grid(side))) for side in (size, image_size))
-        notes.append(f"position table stretched {grids} ({config.posemb_resize})")
+    grids = trained.config.grid(trained.image_size), config.grid(image_size)
+    if grids[0] != grids[1] and "pos_embed" in old:
+        own, patches = old["pos_embed"][0].tensor_split([trained.config.posemb_prefix])
+        patches = resize(patches, *grids, config.posemb_resize)
+        old = {**old, "pos_embed": torch.cat([own, patches])[None]}
+        shown = " -> ".join("x".join(map(str, grid)) for grid in grids)
+        notes.append(f"position table stretched {shown} ({config.posemb_resize})")
 
     keep = "pre_logits.fc.weight" in old and config.representation_size is not None
     taken = {
