@@ -22,6 +22,13 @@ def sincos2d_mae(grid: Grid, width: int) -> Float[Tensor, "n d"]:
     return _waves(across, down, torch.arange(width // 4, dtype=torch.float64) / (width // 4))
 
 
+def fixed_table(config: ViTConfig, image_size: tuple[int, int]) -> Float[Tensor, "1 n d"]:
+    """The table that `config.posemb` names, for images (height, width), with rows of zeros for the class tokens."""
+    table = sincos2d if config.posemb == "sincos2d" else sincos2d_mae
+    prefix = torch.zeros(config.posemb_prefix, config.width)
+    return torch.cat([prefix, table(config.grid(image_size), config.width)])[None]
+
+
 def _positions(grid: Grid) -> tuple[Tensor, Tensor]:
     """Row and column of each patch, row by row."""
     rows, columns = (torch.arange(side, dtype=torch.float64) for side in grid)

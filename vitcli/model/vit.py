@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from vitcli.model import ViTConfig
 from vitcli.model.attention import Attention, AttentionPool
 from vitcli.model.feedforward import FeedForward
-from vitcli.model.position import sincos2d, sincos2d_mae
+from vitcli.model.position import fixed_table
 from vitcli.model.stem import PatchEmbed, ResNet, lecun_normal
 
 
@@ -108,11 +108,8 @@ class ViT(nn.Module):
     def fix_positions(self) -> None:
         """Compute the table where it is fixed, and so no part of the state: also after a build on the meta device."""
         if self.config.posemb.startswith("sincos2d") and self.config.depth > 0:
-            table = sincos2d if self.config.posemb == "sincos2d" else sincos2d_mae
-            prefix = torch.zeros(self.config.posemb_prefix, self.config.width)
-            fixed = torch.cat([prefix, table(self.config.grid(self.image_size), self.config.width)])
             del self.pos_embed
-            self.register_buffer("pos_embed", fixed[None], persistent=False)
+            self.register_buffer("pos_embed", fixed_table(self.config, self.image_size), persistent=False)
 
 
 class Block(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitcli.errors import CheckpointError
 from vitcli.model import SIZES, ResNetStem, ViTConfig
-from vitcli.model.position import resize_state
+from vitcli.model.position import fixed_table, resize_state
 from vitcli.weights import Foreign
 
 State = dict[str, Tensor]
@@ -147,6 +147,15 @@ def stretched(foreign: Foreign, res: tuple[int, int]) -> Foreign:
     if size != foreign.image_size:
         state = resize_state(state, foreign.config, foreign.image_size, size)
     return replace(foreign, state=state, image_size=size, preprocessing={**foreign.preprocessing, "res": size})
+
+
+def position_table(foreign: Foreign) -> Tensor:
+    """The position table (1, rows, width) as a learned one: a fixed one computed, zeros where there is none."""
+    c = foreign.config
+    if c.posemb == "none":
+        down, across = c.grid(foreign.image_size)
+        return torch.zeros(1, c.posemb_prefix + down * across, c.width)
+    return foreign.state["pos_embed"] if c.posemb == "learned" else fixed_table(c, foreign.image_size)
 
 
 def add_zero_biases(state: State, *layers: str) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from vitcli.errors import CheckpointError
 from vitcli.model import ViTConfig
 from vitcli.weights import Beside, Foreign, Tensors
-from vitcli.weights._architecture import infer
+from vitcli.weights._architecture import infer, position_table
 from vitcli.weights._flax import (
     RELEASED,
     attentions,
@@ -101,7 +101,7 @@ def write(foreign: Foreign, out: Path) -> None:
     if config.class_token:
         arrays["cls"] = state["cls_token"]
     if config.depth:
-        arrays[TABLE] = state["pos_embed"] if config.posemb == "learned" else _fixed_table(foreign)
+        arrays[TABLE] = position_table(foreign)
     if said := _unusual(foreign):
         text = json.dumps(said, sort_keys=True, separators=(",", ":")).encode()
         arrays[CONFIG] = torch.tensor(list(text), dtype=torch.float32)
@@ -188,14 +188,6 @@ def _refuse(c: ViTConfig) -> None:
     for part, there in parts.items():
         if there:
             raise CheckpointError(f"Google's format has no {part}", "vit export --onnx takes any model")
-
-
-def _fixed_table(foreign: Foreign) -> Tensor:
-    with torch.device("meta"):
-        model = foreign.config.build(0, foreign.image_size)
-    model.fix_positions()
-    assert model.pos_embed is not None
-    return model.pos_embed
 
 
 def _save(arrays: dict[str, Tensor], out: Path) -> None:

@@ -15,9 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vitcli.errors import CheckpointError
-from vitcli.model.position import sincos2d, sincos2d_mae
 from vitcli.weights import Beside, Foreign, Tensors, _huggingface_config, _huggingface_processor
-from vitcli.weights._architecture import add_zero_biases, infer, stretched
+from vitcli.weights._architecture import add_zero_biases, infer, position_table, stretched
 from vitcli.weights._huggingface_card import card
 from vitcli.weights._huggingface_config import FAMILIES, Config, family_of
 from vitcli.weights._huggingface_processor import Processor
@@ -242,8 +241,9 @@ def write(foreign: Foreign, out: Path) -> None:
 def _tensors(foreign: Foreign, family: str) -> dict[str, Tensor]:
     """The state under transformers' names: those of its files, which all versions read."""
     c, headed = foreign.config, foreign.head_classes > 0
-    state = {name: value.detach().cpu() for name, value in foreign.state.items()}
-    state["pos_embed"] = _positions(foreign, {"vit": 1, "deit": 2, "siglip": 0}.get(family, 1))
+    positions, rows = position_table(foreign), {"deit": 2, "siglip": 0}.get(family, 1)
+    positions = torch.cat([positions.new_zeros(1, rows - c.posemb_prefix, c.width), positions], dim=1)
+    state = {name: value.detach().cpu() for name, value in {**foreign.state, "pos_embed": positions}.items()}
     if family == "siglip":
         state["pos_embed"] = state["pos_embed"][0]
     for name in list(state):
@@ -264,16 +264,3 @@ def _tensors(foreign: Foreign, family: str) -> dict[str, Tensor]:
         name if "classifier" in name else f"{prefix}{name}": value.clone(memory_format=torch.contiguous_format)
         for name, value in renamed.items()
     }
-
-
-def _positions(foreign: Foreign, rows: int) -> Tensor:
-    """The position table, a fixed one computed, with `rows` for class tokens: zeros where ours have none."""
-    c = foreign.config
-    if c.posemb == "learned":
-        table, missing = foreign.state["pos_embed"].detach().cpu(), rows - c.posemb_prefix
-    else:
-        down, across = c.grid(foreign.image_size)
-        fixed = {"sincos2d": sincos2d, "sincos2d_mae": sincos2d_mae}
-        table = fixed[c.posemb]((down, across), c.width) if c.posemb in fixed else torch.zeros(down * across, c.width)
-        table, missing = table[None], rows
-    return torch.cat([torch.zeros(1, missing, c.width), table], dim=1)

@@ -18,7 +18,7 @@ from torch import Tensor
 from vitcli.errors import CheckpointError
 from vitcli.model import ViTConfig
 from vitcli.weights import Beside, Foreign, Tensors, _refused, _timm_config
-from vitcli.weights._architecture import add_zero_biases, infer
+from vitcli.weights._architecture import add_zero_biases, infer, position_table
 
 CORE = {"patch_embed.proj.weight", "pos_embed", "blocks.0.norm1.weight", "blocks.0.attn.qkv.weight"}
 # Originals of other projects that share the core.
@@ -147,14 +147,7 @@ def _foreign_part(foreign: Foreign) -> str | None:
 
 def _positions(foreign: Foreign) -> Tensor:
     """The table as timm has it: for registers too where there is a row for the class token."""
-    c = foreign.config
-    with torch.device("meta"):
-        model = c.build(0, foreign.image_size)
-    model.fix_positions()
-    table = foreign.state["pos_embed"] if c.posemb == "learned" else model.pos_embed
-    if table is None:
-        down, across = c.grid(foreign.image_size)
-        return torch.zeros(1, c.prefix * c.posemb_class + down * across, c.width)
+    c, table = foreign.config, position_table(foreign)
     own, patches = table.tensor_split([c.posemb_prefix], dim=1)
     return torch.cat([own, table.new_zeros(1, c.registers * c.posemb_class, c.width), patches], dim=1)
 
