@@ -1,6 +1,6 @@
 """What a user can mend: one line of error, one line of hint, one exit code.
 
-Anything else that is raised is a bug and leaves with a traceback and exit code 1.
+Anything else that is raised is a bug: one line, too, with its traceback where VIT_DEBUG is set, and exit code 1.
 """
 
 

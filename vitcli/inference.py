@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from vitcli.data.preprocess import normalise, pixels, prepare
 from vitcli.errors import CheckpointError, DataError, NumericsError, UserError
 from vitcli.model.vit import ViT
 from vitcli.onnx.providers import Provider
-from vitcli.runtime import Runtime, RuntimeConfig
+from vitcli.runtime import Device, Precision, Runtime, RuntimeConfig
 
 DIRECTLY = 2**20  # bytes that go to a GPU in less time than it takes to pin them
 
@@ -109,9 +109,9 @@ class TorchPredictor:
 def open_predictor(
     path: Path,
     *,
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    device: Device = "auto",
     provider: Provider = "auto",
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
 ) -> Predictor:
     """A run folder, a checkpoint or an .onnx, ready to answer.
 
@@ -136,8 +136,8 @@ def open_predictor(
 
 def torch_predictor(
     trained: checkpoint.Trained,
-    device: Literal["auto", "cpu", "cuda", "mps"],
-    precision: Literal["fp32", "bf16"] = "fp32",
+    device: Device,
+    precision: Precision = "fp32",
 ) -> TorchPredictor:
     """A trained model, moved to the device, as a predictor: in fp32 the reference, in bf16 compiled on CUDA."""
     compiled = {} if precision == "bf16" else {"compile": False}

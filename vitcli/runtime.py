@@ -24,16 +24,20 @@ if TYPE_CHECKING:
 
     Module = TypeVar("Module", bound=nn.Module)
 
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["fp32", "bf16"]
+Shard = Literal["ddp", "fsdp"]
+
 
 class RuntimeConfig(Schema):
     """How to compute. Nothing here changes what is computed, beyond rounding."""
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where it is faster")
+    device: Device = "auto"
+    precision: Literal["auto", Precision] = Field("auto", description="auto: bf16 where it is faster")
     attention: Literal["auto", "sdpa", "explicit", "packed"] = Field(
         "auto", description="explicit is faster on CPUs in bf16; packed, our kernels, on Hopper"
     )
-    residual: Literal["auto", "fp32", "bf16"] = Field(
+    residual: Literal["auto", Precision] = Field(
         "auto", description="the tokens between blocks, as precision; norms and losses stay in fp32"
     )
     compile: bool | None = Field(None, description="torch.compile the blocks; null: on cuda")
@@ -42,7 +46,7 @@ class RuntimeConfig(Schema):
     )
     micro_batch: PositiveInt | None = Field(None, description="images in memory at a time; null: the whole batch")
     threads: PositiveInt | None = Field(None, description="CPU threads; null: the physical cores")
-    shard: Literal["ddp", "fsdp"] = Field("ddp", description="several processes: each with the model, or with a part")
+    shard: Shard = Field("ddp", description="several processes: each with the model, or with a part")
     exact: PositiveInt | None = Field(
         None, description="compute each batch in so many parts, to the same bits in any number of processes; or null"
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import typer
 from typer import Argument, Option
 
+from vitcli import runtime
 from vitcli.commands.console import answer, err, tell
 from vitcli.commands.options import RESULT, Json, Set
 from vitcli.commands.recipes import recipe_names
@@ -85,7 +86,6 @@ def train(
     names = _peers(against)
     if names and loaded.objective.name != "classify":
         raise RecipeError(f"no peer trains with objective {loaded.objective.name}", "leave out --against")
-    from vitcli import runtime
     from vitcli.bench import contenders
 
     started = runtime.start(loaded.runtime)
@@ -108,7 +108,7 @@ def infer(
     sets: Set = None,
     device: Annotated[Literal["cpu", "cuda", "mps"] | None, Option(help="[dim]The recipe's, or the fastest[/]")] = None,
     precision: Annotated[
-        Literal["fp32", "bf16"] | None, Option(help="vit predict answers in fp32. [dim]The recipe's, or the faster[/]")
+        runtime.Precision | None, Option(help="vit predict answers in fp32. [dim]The recipe's, or the faster[/]")
     ] = None,
     threads: Annotated[int | None, Option(min=1, help="CPU threads. [dim]The physical cores[/]")] = None,
     batch: Batch = None,
@@ -132,7 +132,6 @@ def infer(
         )
     loaded = None if ckpt else _recipe(recipe or "b16_in1k", sets)
     names = _peers(against)
-    from vitcli import runtime
     from vitcli.bench import contenders
     from vitcli.runtime import RuntimeConfig
 
@@ -173,7 +172,6 @@ def data(
     how = _How(_batches(batch), blocks, seconds, _places(output), json)
     loaded = _recipe(recipe, sets)
     names = _peers(against)
-    from vitcli import runtime
     from vitcli.bench import contenders
 
     started = runtime.start(loaded.runtime)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from vitcli.commands.console import answer, tell
-from vitcli.commands.options import INPUT, RESULT, Checkpoint, Device, Json, Precision, Provider, newest
+from vitcli.commands.options import INPUT, RESULT, Checkpoint, Json, Precision, Provider, newest
 from vitcli.errors import DataError, RecipeError
+from vitcli.runtime import Device
 from vitcli.waiting import bar
 
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 
 from typer import Option
 
+from vitcli import runtime
 from vitcli.commands.console import tell
 
-Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Annotated[
-    Literal["fp32", "bf16"], Option(help="Of a checkpoint: fp32 is the reference, bf16 the fastest on a GPU.")
+    runtime.Precision, Option(help="Of a checkpoint: fp32 is the reference, bf16 the fastest on a GPU.")
 ]
 Provider = Annotated[Literal["auto", "cuda", "tensorrt", "cpu"], Option(help="ONNX Runtime's, for .onnx files.")]
 RESULT, TRAIN, INPUT = "Result", "Training", "Input"

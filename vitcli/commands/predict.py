@@ -8,8 +8,9 @@ import typer
 from typer import Argument, Option
 
 from vitcli.commands.console import out, print_error
-from vitcli.commands.options import RESULT, Checkpoint, Device, Json, Precision, Provider, newest
+from vitcli.commands.options import RESULT, Checkpoint, Json, Precision, Provider, newest
 from vitcli.errors import RecipeError
+from vitcli.runtime import Device
 
 
 def predict(

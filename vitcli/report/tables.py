@@ -1,4 +1,4 @@
-"""What predict, eval and doctor print: a table on a terminal, plain lines elsewhere, JSON, JSON lines, CSV."""
+"""What commands print: a table on a terminal, plain lines elsewhere, JSON, JSON lines, CSV."""
 
 from __future__ import annotations
 

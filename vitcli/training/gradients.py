@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from vitcli.errors import RecipeError
 from vitcli.processes import Processes
+from vitcli.runtime import Shard
 
 if TYPE_CHECKING:
     import torch
 
     from vitcli.objectives._module import ObjectiveModule
-
-Shard = Literal["ddp", "fsdp"]
 
 
 class Engine:
