@@ -230,6 +230,13 @@ def test_the_tokens_between_blocks_are_as_the_recipe_says(unchecked, residual, d
     assert F.cosine_similarity(logits.flatten(), expected.flatten(), dim=0) > 0.999
 
 
+@pytest.mark.parametrize(("instructions", "precision"), [(["amx_bf16"], "bf16"), ([], "fp32")])
+def test_a_cpu_computes_in_bf16_if_it_has_instructions_for_it(monkeypatch, instructions, precision):
+    monkeypatch.setattr(runtime.cpu, "bf16_instructions", lambda: instructions)
+    started = runtime.start(RuntimeConfig.parse({"device": "cpu"}))
+    assert (started.precision, started.residual) == (precision, precision)
+
+
 def test_packed_attention_is_for_gpus():
     with pytest.raises(RecipeError, match="packed is for CUDA in bf16"):
         runtime.start(RuntimeConfig.parse({"device": "cpu", "attention": "packed"}))

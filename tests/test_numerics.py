@@ -86,7 +86,7 @@ def test_a_run_whose_name_looks_like_markup_is_named_in_full(vit, spoil, tmp_pat
     spoil(stop=2)
     said = vit("pretrain", "quickstart", *sets(*RUN), "--run", "sweep[seed=1]")
     assert said.code == 143
-    assert said.err.startswith("run folder sweep[seed=1]\n")
+    assert said.err.startswith("run folder sweep[seed=1]\non cpu in fp32, ")
     assert said.err.endswith("hint: vit pretrain --resume 'sweep[seed=1]'\n")
 
 

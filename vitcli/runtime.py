@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field, PositiveInt, model_validator
 
-from vitcli import kernels
+from vitcli import cpu, kernels
 from vitcli.errors import RecipeError
 from vitcli.malloc import keep_freed
 from vitcli.processes import ALONE, Processes
@@ -117,6 +116,11 @@ class Runtime:
         matrix = torch.randn(side, side, device=self.device, dtype=dtype)
         return 2 * side**3 / _seconds(matrix, matrix)
 
+    def settings(self) -> str:
+        """How it computes, in a few words."""
+        between = f" ({self.residual} between blocks)" if self.residual != self.precision else ""
+        return f"{self.precision}{between}, {self.attention} attention{', compiled' * self.compile}"
+
     def describe(self) -> dict[str, Any]:
         """What the numbers of a run depend on besides its recipe; a resumed run is compared with it."""
         import torch
@@ -144,7 +148,7 @@ def start(config: RuntimeConfig, earlier: dict[str, Any] | None = None, processe
     """
     import torch
 
-    threads = config.threads or max(1, _physical_cores() // processes.neighbours)
+    threads = config.threads or max(1, cpu.physical_cores() // processes.neighbours)
     torch.set_num_threads(threads)
     keep_freed()
     device = _device(config.device)
@@ -190,15 +194,12 @@ def _device(name: str) -> torch.device:
 
 
 def _precision(device: torch.device) -> str:
-    """bf16 where the device computes it faster than fp32. On a CPU a short probe decides."""
+    """bf16 where the device has instructions for it. A race of both would end now so and now so on a busy machine."""
     import torch
 
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    if device.type != "cpu":
-        return "fp32"
-    left, right = torch.randn(1024, 256), torch.randn(256, 1024)
-    return "bf16" if _seconds(left, right) > 1.5 * _seconds(left.bfloat16(), right.bfloat16()) else "fp32"
+    return "bf16" if device.type == "cpu" and cpu.bf16_instructions() else "fp32"
 
 
 def _attention(device: torch.device, precision: str) -> str:
@@ -225,16 +226,3 @@ def _seconds(left: Tensor, right: Tensor) -> float:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
     return min(times)
-
-
-def _physical_cores() -> int:
-    """Cores that this process may use, hyperthreads not counted where the system tells."""
-    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    siblings = set()
-    for cpu in usable:
-        try:
-            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as file:
-                siblings.add(file.read())
-        except OSError:
-            return len(usable)
-    return len(siblings)

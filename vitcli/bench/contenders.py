@@ -63,11 +63,11 @@ def training(recipe: Recipe, runtime: Runtime, against: list[str], from_disk: bo
     """
     feed = partial(_loaded if from_disk else _one_batch, recipe, runtime)
     own, peer = partial(_own_step, recipe, feed), partial(_peer_step, recipe, runtime, feed)
-    found = [Contender("vitcli", settings(runtime), partial(own, runtime)), *_rivals(against, runtime, own, peer)]
+    found = [Contender("vitcli", runtime.settings(), partial(own, runtime)), *_rivals(against, runtime, own, peer)]
     if from_disk:
         found = [replace(one, settings=f"{one.settings}; from disk", before=_waiting(recipe)) for one in found]
         alone = partial(_own_step, recipe, partial(_one_batch, recipe, runtime), runtime)
-        found.insert(1, Contender("vitcli", f"{settings(runtime)}; one batch", alone))
+        found.insert(1, Contender("vitcli", f"{runtime.settings()}; one batch", alone))
     return found
 
 
@@ -172,7 +172,7 @@ def inference(subjects: list[Subject], runtime: Runtime, against: list[str]) -> 
 
     own, peer = partial(_own_answers, subjects[0]), partial(_peer_answers, subjects[0], runtime)
     attention = "sdpa" if runtime.attention == "packed" else runtime.attention  # our kernels are for training
-    how = settings(replace(runtime, attention=attention))
+    how = replace(runtime, attention=attention).settings()
     found = [
         Contender(one.name, "ONNX Runtime" if one.predictor else how, partial(_own_answers, one, runtime))
         for one in subjects
@@ -230,18 +230,10 @@ def _rivals(
     for name in against:
         if name == peers.PLAIN:
             how = replace(runtime, precision="fp32", residual="fp32", attention="sdpa", compile=False)
-            yield Contender(name, settings(how), partial(own, how))
+            yield Contender(name, how.settings(), partial(own, how))
         else:
             whole = ", compiled whole" if runtime.compile else ""
             yield Contender(name, f"{runtime.precision}, its own attention{whole}", partial(peer, name))
-
-
-def settings(runtime: Runtime) -> str:
-    """How vitcli computes, in a few words."""
-    facts = runtime.describe()
-    between = f" ({facts['residual']} between blocks)" if facts["residual"] != facts["precision"] else ""
-    compiled = ", compiled" if facts["compile"] else ""
-    return f"{facts['precision']}{between}, {facts['attention']} attention{compiled}"
 
 
 @contextmanager

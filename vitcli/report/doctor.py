@@ -14,12 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from vitcli import __version__, kernels
+from vitcli import __version__, cpu, kernels
 from vitcli.data.parallel import cores
 from vitcli.onnx import providers, tensorrt_library
 
 PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "pillow", "safetensors")
-BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # AVX512-BF16, AMX, and Arm's
 
 
 class Finding(NamedTuple):
@@ -41,26 +40,13 @@ def _system() -> Iterator[Finding]:
     yield Finding("system", "Python", platform.python_version())
     yield Finding("system", "OS", platform.platform())
     yield Finding("system", "CPU", cpu_name())
-    cpu = _cpuinfo()
-    flags = (cpu.get("flags") or cpu.get("Features") or "").split()
-    fast = [flag for flag in BF16_FLAGS if flag in flags]
-    yield Finding("system", "CPU bf16", ", ".join(fast) if fast else "no instructions for it: slow")
+    yield Finding("system", "CPU bf16", ", ".join(cpu.bf16_instructions()) or "no instructions for it: slow")
     yield Finding("system", "memory", _memory())
 
 
 def cpu_name() -> str:
     """The processor, and how many of its cores this process may use."""
-    model = _cpuinfo().get("model name") or platform.processor() or platform.machine()
-    return f"{model}, {cores()} usable cores"
-
-
-def _cpuinfo() -> dict[str, str]:
-    """The first processor of /proc/cpuinfo; {} where there is none."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return {}
-    return dict(re.findall(r"^(.+?)\s*: (.*)$", text.split("\n\n")[0], re.MULTILINE))
+    return f"{cpu.name()}, {cores()} usable cores"
 
 
 def _memory() -> str:

@@ -111,7 +111,8 @@ def set_up(
     counts = train_set.counts.tolist()
     balance = told(train_set, recipe.data.sampling, recipe.data.repeat_threshold) + recipe.objective.notes(counts)
     model = _model(recipe, None if found else trained, len(classes), tell)
-    for note in (*train_set.notes, *val_set.notes, *balance):
+    computing = f"on {environment['device']} in {runtime.settings()}"
+    for note in (computing, *train_set.notes, *val_set.notes, *balance):
         tell(note)
 
     module = runtime.prepare(recipe.objective.build(model, counts))
