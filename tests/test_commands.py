@@ -1,6 +1,7 @@
 """The commands as a user types them, on real images."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,6 +71,41 @@ def test_eval_finds_the_images_of_the_run_whatever_part_of_it_is_named(vit, run)
     for place in (run, run / "best", run / "best/model.safetensors"):
         said = vit("eval", "--ckpt", place, "--json")
         assert (said.code, said.json["images"]) == (0, 359), said.err
+
+
+def test_eval_does_not_score_other_images_in_their_stead(vit, photos, tmp_path, monkeypatch):
+    """The run's data is named relative to where it was trained."""
+    for place in ("one", "two"):
+        shutil.copytree(photos, tmp_path / place / "photos")
+    (tmp_path / "two/photos/val/a/01.png").rename(tmp_path / "two/photos/val/a/09.png")
+    monkeypatch.chdir(tmp_path / "one")
+    data = "data={source: {name: folder, path: photos}, res: 8, classes: 2}"
+    said = vit("pretrain", "quickstart", *sets(*TINY, data, "steps=6"), "--run", "run")
+    assert said.code == 0, said.err
+    said = vit("eval", "--ckpt", "run")
+    assert said.code == 0
+    assert "scoring run/best (step " in said.err
+    monkeypatch.chdir(tmp_path / "two")
+    for place in ("run", "run/best", "run/checkpoints/step_00000006"):
+        said = vit("eval", "--ckpt", tmp_path / "one" / place)
+        assert said.code == 3
+        assert "not those that the run held out" in said.err
+    assert vit("eval", "--ckpt", tmp_path / "one/run", "--data", "photos").code == 0
+
+
+def test_a_reader_that_has_seen_enough_is_no_mistake(tmp_path):
+    with process("recipes", "keys", cwd=tmp_path) as started:
+        assert started.stdout
+        started.stdout.close()
+        assert started.wait() == 0
+        assert started.stderr
+        assert started.stderr.read() == ""
+
+
+def test_shards_are_not_packed_into_their_images(vit, photos):
+    said = vit("data", "pack", photos, f"{photos}/../{photos.name}")
+    assert said.code == 2
+    assert "is the folder that is to be packed" in said.err
 
 
 def test_eval_below_the_bar_ends_with_3(vit, run):
@@ -358,6 +394,11 @@ def test_a_wrong_recipe_and_help_load_no_torch(tmp_path):
         (["pretrain", "quickstart", "--bogus"], "No such option"),
         (["finetune"], "no --ckpt given"),
         (["predict"], "Missing argument"),
+        (
+            ["export", "--to", "torchvision", "-o", "model.pth"],
+            "writes a .safetensors, not 'model.pth'",
+        ),
+        (["export", "--onnx", "-o", "model"], "hint: -o model.onnx"),
         (["export"], "no format given"),
         (["pretrain", "quickstart", "--resume", "x"], "a recipe does not go with --resume"),
         (["pretrain", "--resume", "x", "--dry-run"], "--dry-run does not go with --resume"),

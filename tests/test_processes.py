@@ -238,6 +238,7 @@ def test_the_newest_run_of_a_launch_is_continued(monkeypatch, tmp_path):
     for launch in ("none", "none", "other"):
         with run.create("quickstart") as created:
             created.write("launch.txt", launch)
+            (created.checkpoints / "step_00000000").mkdir()
     assert run.launched("none", None, "quickstart") == Path("runs/quickstart-2")
     assert run.launched("none", Path("runs/quickstart"), "quickstart") == Path("runs/quickstart")
 

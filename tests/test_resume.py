@@ -198,6 +198,20 @@ def test_a_run_that_was_killed_in_its_first_file_may_begin_again(tmp_path):
         assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoints", "run.lock"]
 
 
+def test_a_run_that_never_began_leaves_its_name_to_the_next(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with run.create("name") as first:
+        first.write("recipe.yaml", "left over")
+        with run.create("name") as second:  # while the first may still begin
+            assert second.path.name == "name-2"
+    with run.create("name") as third:
+        assert third.path.name == "name"
+        assert not (third.path / "recipe.yaml").exists()
+        (third.checkpoints / "step_00000000").mkdir()
+    with run.create("name") as fourth:
+        assert fourth.path.name == "name-2"
+
+
 def test_a_folder_that_cannot_be_replaced_keeps_its_name(tmp_path, monkeypatch):
     def write(content):
         storage.write_folder(tmp_path / "folder", lambda place: (place / "file").write_text(content))

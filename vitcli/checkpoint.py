@@ -75,6 +75,15 @@ def recipe_of(path: Path) -> Recipe | None:
     return _facts_of(own)[1] if own else None
 
 
+def held_out_of(path: Path) -> str | None:
+    """The fingerprint of what a run held out when it began; None where that is not known."""
+    own = _own_folder(path)
+    for run in own.parents[:2] if own else ():  # of best/ and last/, and of checkpoints/step_N/
+        if (run / "env.json").is_file():
+            return json.loads((run / "env.json").read_text()).get("val")
+    return None
+
+
 def save_model(
     folder: Path,
     state: dict[str, Tensor],

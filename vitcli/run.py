@@ -135,17 +135,22 @@ def _ended(owner: str) -> bool:
 def create(name: str, path: Path | None = None) -> Run:
     """A new run folder: `path`, or runs/NAME, runs/NAME-2, …
 
-    `path` must be new or empty, or left by a run that ended before it had begun.
+    One that is there already must be empty, or left by a run that ended before it had begun.
     """
     for folder in [path] if path else _names(name):
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
-            if not (path and _is_unused(path)):
+            if not _is_unused(folder):
                 continue
         except OSError as error:
             raise StorageError(f"cannot make the run folder {folder}: {error.strerror}") from error
-        run = Run(folder)
+        try:
+            run = Run(folder)
+        except LockedError:
+            if path:
+                raise
+            continue
         for name in BEGINNING:
             (folder / name).unlink(missing_ok=True)
         return run

@@ -83,7 +83,9 @@ def run(app: typer.Typer) -> None:
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = 130
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit) as ended:
+        if not any(isinstance(error, BrokenPipeError) for error in (ended, ended.__context__)):
+            raise  # typer makes an exit with 1 of a broken pipe
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0

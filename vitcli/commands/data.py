@@ -45,6 +45,8 @@ def pack(
     from vitcli.data.parallel import cores
     from vitcli.data.sources import described, parsed
 
+    if out.resolve() == Path(source).resolve():
+        raise RecipeError(f"{out} is the folder that is to be packed", "name another one for the shards")
     if quality and not max_side:
         raise RecipeError("--quality is for images that are shrunk", "add --max-side 512")
     shrink = packing.Shrink(max_side, quality or 90) if max_side else None

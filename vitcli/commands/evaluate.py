@@ -60,6 +60,7 @@ def evaluate(
     if ckpt.suffix.lower() != ".onnx" and loaders(workers, dataset.in_memory, len(dataset)):
         expect_loaders()  # they import torch while this process does
 
+    from vitcli.data.loader import fingerprint
     from vitcli.inference import open_predictor
     from vitcli.report import tables
     from vitcli.scoring import score
@@ -68,11 +69,16 @@ def evaluate(
     if predictor.thresholds is not None and not dataset.multi_label:
         warning = "warning: the model finds several classes in an image, and these images have one label each"
         tell(f"{warning}; of a table, --separator says otherwise")
+    if data is None and checkpoint.held_out_of(ckpt) not in (None, fingerprint(dataset)):
+        raise DataError(
+            "these images are not those that the run held out when it began",
+            "go to where its data lies, or name the images to score: --data FOLDER",
+        )
     if min_top1 is not None and dataset.multi_label:
         raise RecipeError("--min-top1 is for one label an image, and these have several", "take --min-map")
     if min_map is not None and not dataset.multi_label:
         raise RecipeError("--min-map is for several labels an image, and these have one", "take --min-top1")
-    for note in dataset.notes:
+    for note in (f"scoring {predictor.origin}", *dataset.notes):
         tell(note)
     with bar("scoring images", len(dataset)) as advance:
         scores = score(predictor, dataset, batch=batch, workers=workers, allow_bad=allow_bad, on_batch=advance)

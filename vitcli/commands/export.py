@@ -113,6 +113,9 @@ def export(
     from vitcli.report import tables
     from vitcli.report.stages import Stages
 
+    suffix = Path(target.OUTPUT).suffix
+    if output and suffix and output.suffix.lower() != suffix:
+        raise RecipeError(f"--to {name} writes a {suffix}, not {output.name!r}", f"-o {output.with_suffix(suffix)}")
     ckpt = ckpt or newest()
     trained = checkpoint.load(ckpt)
     folder = ckpt if (ckpt / "checkpoints").is_dir() else None
