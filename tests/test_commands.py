@@ -102,6 +102,28 @@ def test_a_reader_that_has_seen_enough_is_no_mistake(tmp_path):
         assert started.stderr.read() == ""
 
 
+def test_help_is_not_told_as_a_mistake(vit):
+    said = vit("data")
+    assert "check" in said.out + said.err
+    assert "error:" not in said.err
+
+
+def test_eval_of_a_table_reads_the_columns_of_the_run(vit, photos, tmp_path):
+    for split in ("train", "val"):
+        rows = [f"{split}/{path.parent.name}/{path.name},{path.parent.name}" for path in photos.glob(f"{split}/*/*")]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["file,kind", *rows]) + "\n")
+    source = f"source: {{name: table, train: train.csv, val: val.csv, root: {photos}, image: file, label: kind}}"
+    settings = sets(*TINY, f"data={{{source}, res: 8, classes: 2}}", "steps=6")
+    said = vit("pretrain", "quickstart", *settings, "--run", "run")
+    assert said.code == 0, said.err
+    own = vit("eval", "--ckpt", "run", "--json").json
+    (tmp_path / "other.csv").write_text((tmp_path / "val.csv").read_text().replace("val/", f"{photos.name}/val/"))
+    (tmp_path / photos.name).symlink_to(photos)
+    said = vit("eval", "--ckpt", "run", "--data", "other.csv", "--json")
+    assert said.code == 0, said.err
+    assert (said.json["images"], said.json["top1"]) == (own["images"], own["top1"])
+
+
 def test_shards_are_not_packed_into_their_images(vit, photos):
     said = vit("data", "pack", photos, f"{photos}/../{photos.name}")
     assert said.code == 2
@@ -394,6 +416,7 @@ def test_a_wrong_recipe_and_help_load_no_torch(tmp_path):
         (["pretrain", "quickstart", "--bogus"], "No such option"),
         (["finetune"], "no --ckpt given"),
         (["predict"], "Missing argument"),
+        (["pretrain", "quickstart", "--set", "track=wandb"], "got 'wandb' (write [wandb])"),
         (
             ["export", "--to", "torchvision", "-o", "model.pth"],
             "writes a .safetensors, not 'model.pth'",

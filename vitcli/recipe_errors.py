@@ -173,6 +173,8 @@ def _value(problem: Any, schema: type[Schema], path: Path, tree: Tree) -> str:
 
 def _advice(got: Any, expected: str) -> str:
     """What was probably meant by a value."""
+    if isinstance(got, str) and expected.startswith("["):
+        return f" (write [{got}])"
     if isinstance(got, str) and "true or false" in expected:
         word = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}.get(got.lower())
         return f" (write {word})" if word else ""

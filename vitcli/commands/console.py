@@ -78,8 +78,9 @@ def run(app: typer.Typer) -> None:
     except typer.Exit as ended:
         code = ended.exit_code
     except UsageError as error:  # pyright: ignore[reportGeneralTypeIssues]
-        print_error(error.format_message())
-        tell("hint: vit COMMAND --help shows what it takes")
+        if message := error.format_message():  # not where the help itself was the answer
+            print_error(message)
+            tell("hint: vit COMMAND --help shows what it takes")
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = 130

@@ -100,7 +100,11 @@ def _images_to_score(ckpt: Path, data: str | None, separator: str | None) -> Dat
     from vitcli.data.sources import described, parsed
 
     if data is not None:
-        return parsed(described(data, separator)).open_for_scoring()
+        tree = described(data, separator)
+        recipe = checkpoint.recipe_of(ckpt) if tree["name"] == "table" else None
+        if recipe and recipe.data.source.name == "table":  # whose columns have its names
+            tree |= {"image": recipe.data.source.image, "label": recipe.data.source.label}
+        return parsed(tree).open_for_scoring()
     if separator is not None:
         raise RecipeError("--separator goes with --data", "the run knows its own")
     recipe = checkpoint.recipe_of(ckpt)

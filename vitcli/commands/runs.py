@@ -29,6 +29,8 @@ def list_runs(json: Json = False) -> None:
     from vitcli.report import runs as report
 
     found = [history.summary(path) for path in history.find()]
+    if not found:
+        tell("no runs under runs/ here")
     answer(json, lambda: report.json(found), lambda: report.table(found), lambda: report.lines(found))
 
 

@@ -45,6 +45,8 @@ def lines(check: Check) -> Iterator[str]:
     for (name, found), count in zip(findings.items(), (check.counts[key] for key in counts), strict=True):
         yield f"{name}\t{count:,}"
         yield from (f"\t{printable(line)}" for line in found[:SHOWN])
+        if count > SHOWN:
+            yield f"\tand {count - SHOWN:,} more: --json"
     yield f"speed\t{check.images_per_second:,} images/s"
 
 
