@@ -32,7 +32,7 @@ class RuntimeConfig(Schema):
     """How to compute. Nothing here changes what is computed, beyond rounding."""
 
     device: Device = "auto"
-    precision: Literal["auto", Precision] = Field("auto", description="auto: bf16 where it is faster")
+    precision: Literal["auto", Precision] = Field("auto", description="auto: bf16 where the hardware has it")
     attention: Literal["auto", "sdpa", "explicit", "packed"] = Field(
         "auto", description="explicit is faster on CPUs in bf16; packed, our kernels, on Hopper"
     )

@@ -48,7 +48,7 @@ def remove_folder(path: Path) -> None:
 
 def sweep(parent: Path) -> None:
     """Clear away what a killed writer left in `parent`, and take back a replacement that it was in the middle of."""
-    for replaced in parent.glob(".old-*"):
+    for replaced in list(parent.glob(".old-*")):
         place = parent / replaced.name.removeprefix(".old-")
         if place.exists():
             shutil.rmtree(replaced, ignore_errors=True)
