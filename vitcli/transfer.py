@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from vitcli.checkpoint import Trained, check_fit
 from vitcli.errors import CheckpointError
 from vitcli.model import ViTConfig
@@ -17,7 +15,7 @@ def start_from(trained: Trained, config: ViTConfig, classes: int, image_size: tu
     Returns the model and a line for each thing that was not taken over as it is. Raises CheckpointError where the
     architectures differ otherwise.
     """
-    from vitcli.model.position import resize
+    from vitcli.model.position import resize_table
     from vitcli.model.stem import resize_patches
 
     model = config.build(classes, image_size)
@@ -32,9 +30,8 @@ def start_from(trained: Trained, config: ViTConfig, classes: int, image_size: tu
         notes.append(f"patches resized {before}x{before} -> {after}x{after} (FlexiViT's pseudo-inverse)")
     grids = trained.config.grid(trained.image_size), config.grid(image_size)
     if grids[0] != grids[1] and "pos_embed" in old:
-        own, patches = old["pos_embed"][0].tensor_split([trained.config.posemb_prefix])
-        patches = resize(patches, *grids, config.posemb_resize)
-        old = {**old, "pos_embed": torch.cat([own, patches])[None]}
+        table = resize_table(old["pos_embed"], trained.config.posemb_prefix, *grids, config.posemb_resize)
+        old = {**old, "pos_embed": table}
         shown = " -> ".join("x".join(map(str, grid)) for grid in grids)
         notes.append(f"position table stretched {shown} ({config.posemb_resize})")
 

@@ -73,7 +73,7 @@ def attention_forward(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 def attention_backward(gradient: Tensor, qkv: Tensor, out: Tensor, sums: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """The gradient of qkv, and its sums over the rows of each tile, float32 (b, tiles, 3 d)."""
     batch, tokens, width = out.shape
-    whole = 128 < tokens <= WHOLE and width == 64 * heads  # a tenth faster, but not with narrower heads
+    whole = 128 < tokens <= WHOLE and width == 64 * heads  # not of narrower heads, which lose by it
     tile = WHOLE if whole else 128 if tokens > 64 else 64
     tiles = triton.cdiv(tokens, tile)
     dqkv = torch.empty_like(qkv)

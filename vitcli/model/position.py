@@ -61,13 +61,17 @@ def resize(table: Float[Tensor, "n d"], old: Grid, new: Grid, mode: str) -> Floa
     return image[0].movedim(0, -1).flatten(0, 1).to(table.dtype)
 
 
+def resize_table(table: Float[Tensor, "1 n d"], prefix: int, old: Grid, new: Grid, mode: str) -> Float[Tensor, "1 m d"]:
+    """`resize` of a whole table, whose first `prefix` rows, those of class tokens, stay."""
+    own, patches = table[0].tensor_split([prefix])
+    return torch.cat([own, resize(patches, old, new, mode)])[None]
+
+
 def resize_state(
     state: dict[str, Tensor], config: ViTConfig, old: tuple[int, int], new: tuple[int, int]
 ) -> dict[str, Tensor]:
     """A ViT's state for images (height, width) `new` from its state for `old`; the rows of class tokens stay."""
     if "pos_embed" not in state:
         return state
-    table = state["pos_embed"][0]
-    prefix = config.posemb_prefix
-    patches = resize(table[prefix:], config.grid(old), config.grid(new), config.posemb_resize)
-    return {**state, "pos_embed": torch.cat([table[:prefix], patches])[None]}
+    grids = config.grid(old), config.grid(new)
+    return {**state, "pos_embed": resize_table(state["pos_embed"], config.posemb_prefix, *grids, config.posemb_resize)}

@@ -60,9 +60,10 @@ class Dataset(ABC):
 
     def unlabelled(self) -> Self:
         """For loader processes: where an image has several labels, which may weigh more than all the rest, without."""
+        if not self.multi_label:
+            return self
         copied = copy(self)
-        if self.multi_label:
-            copied.labels = self.labels[:, :0].copy()
+        copied.labels = self.labels[:, :0].copy()
         return copied
 
     @abstractmethod

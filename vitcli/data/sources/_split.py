@@ -28,7 +28,8 @@ class Subset(Dataset):
     def unlabelled(self) -> Self:
         """Nor are those of the whole set left."""
         copied = super().unlabelled()
-        copied.whole = self.whole.unlabelled()
+        if self.multi_label:
+            copied.whole = self.whole.unlabelled()
         return copied
 
     def image(self, index: int) -> Image.Image:
